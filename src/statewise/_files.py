@@ -1,0 +1,34 @@
+"""Writing a file so that its name always stands for a whole file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, write: Callable[[str], object]) -> None:
+    """`write(temporary path)`, flush it to the disk, then give it the name `path`.
+
+    Whatever happens on the way (a full disk, kill -9, a power cut), what had the name before is still there and whole.
+    What a killed process leaves is `.NAME.PID.tmp` beside it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(str(temporary))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_directory(directory: Path) -> None:
+    # The rename itself is safe only when the directory is on the disk. Windows cannot open a directory.
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

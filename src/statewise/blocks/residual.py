@@ -1,0 +1,38 @@
+"""Pre-norm residual wiring."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..mixers.base import Causal, CausalMixer
+from ..mixers.layers import RMSNorm
+from ..segments import Segments
+from ..state import State
+
+
+class ResidualBlock(Causal):
+    """x + mixer(norm(x)), then x + mlp(norm2(x)) if there is an MLP. Causal, with the mixer's own state.
+
+    The stream x may be kept in float32 (see `LanguageModel.residual_in_fp32`): the mixer sees it in the dtype of the
+    norm's weight, and its output is added in the dtype of the stream.
+
+    Source: Mamba (arXiv 2312.00752), section 3.4; equal to "Add, Norm, Mixer" there, counted from the other end.
+    """
+
+    def __init__(self, d_model: int, mixer: CausalMixer, mlp: nn.Module | None = None, *, norm_eps: float = 1e-5):
+        super().__init__()
+        self.norm = RMSNorm(d_model, norm_eps)
+        self.mixer = mixer
+        self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps)
+        self.mlp = mlp
+
+    def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> State:
+        return self.mixer.init_state(batch, capacity=capacity, device=device, dtype=dtype)
+
+    def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
+        y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
+        x = x + y.to(x.dtype)
+        if self.mlp is not None and self.norm2 is not None:
+            x = x + self.mlp(self.norm2(x.to(self.norm2.weight.dtype))).to(x.dtype)
+        return x, state

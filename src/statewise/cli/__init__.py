@@ -1,0 +1,7 @@
+"""The command line. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+from .main import main
+
+__all__ = ["main"]

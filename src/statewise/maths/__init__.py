@@ -1,0 +1,1 @@
+"""Formulas only: HiPPO matrices, discretisations, initial values. All of them keep float64."""

@@ -1,0 +1,69 @@
+"""Sequence mixers: (B, L, D) -> (B, L, D) under one contract (see `statewise.mixers.base`).
+
+Every mixer is `Mixer(d_model, **options)`. `create("mamba2", 256, d_state=64)` builds one by name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from .._names import check_options, unknown
+from .base import Causal, CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMixer
+
+# Registry name -> (module, class). A mixer's card is its docstring: first line, and "Source:" at the end.
+_MIXERS: dict[str, tuple[str, str]] = {
+    "attention": ("attention", "Attention"),
+    "mamba": ("mamba", "Mamba"),
+    "mamba2": ("mamba2", "Mamba2"),
+    "s4d": ("s4d", "S4D"),
+    "s5": ("s5", "S5"),
+    "bidirectional_s5": ("s5", "BidirectionalS5"),
+    "bidirectional": ("compose", "Bidirectional"),
+}
+_CLASSES = {cls: module for module, cls in _MIXERS.values()}
+
+__all__ = [
+    "S4D",
+    "S5",
+    "Attention",
+    "Bidirectional",
+    "BidirectionalS5",
+    "Causal",
+    "CausalMixer",
+    "HasImpulse",
+    "HasMixing",
+    "Mamba",
+    "Mamba2",
+    "Mixing",
+    "SequenceMixer",
+    "create",
+    "mixer_class",
+    "names",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(import_module(f"{__name__}.{_CLASSES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def names() -> list[str]:
+    """The registered names."""
+    return sorted(_MIXERS)
+
+
+def mixer_class(name: str) -> type[SequenceMixer]:
+    """The class registered under `name`."""
+    if name not in _MIXERS:
+        raise ValueError(unknown("mixer", name, _MIXERS))
+    module, cls = _MIXERS[name]
+    return getattr(import_module(f"{__name__}.{module}"), cls)
+
+
+def create(name: str, d_model: int, **options: Any) -> SequenceMixer:
+    """Build a mixer by name; an unknown name or option raises with the nearest that exists."""
+    cls = mixer_class(name)
+    check_options(name, cls, options)
+    return cls(d_model, **options)

@@ -1,0 +1,123 @@
+"""Softmax attention as a mixer: grouped heads, rotary positions, an optional window."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.attention import KVBuffer, KVState, attention, attention_cache, attention_matrix, attention_positions
+from ..segments import Segments
+from .base import CausalMixer, HasMixing, Mixing, check_input
+
+
+def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotary position embedding of x (B, L, H, P) at `position` (B, L): channel i is paired with channel i + P/2.
+
+    The angle of pair i is position * theta^(-2 i / P), computed in float32 whatever the dtype of x.
+    """
+    half = x.shape[-1] // 2
+    rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    angle = (position[..., None, None] * rate).to(wide)  # (B, L, 1, P/2)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x.to(wide).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+class Attention(CausalMixer, HasMixing):
+    """Causal softmax attention with grouped key-value heads, rotary positions and an optional window.
+
+    Args:
+        d_model: width D of input and output.
+        n_heads: H, query heads; None: d_model / 64, at least 1, or the nearest smaller number that divides d_model.
+        n_kv_heads: Hk, key and value heads, a divisor of H; None: H.
+        head_dim: P, width of a head; None: d_model / n_heads.
+        window: attend only to the last `window` tokens, the current one included; None: to all.
+        rope: rotary positions on queries and keys.
+        rope_theta: base of the rotary frequencies, > 0.
+        bias: of the projections.
+
+    The state is a cache of keys and values: it grows, unless `init_state` is given a capacity. Positions are counted in
+    valid tokens of a document, so padding and packing change nothing.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762); grouped heads: Ainslie et al. 2023 (arXiv 2305.13245); rotary
+    positions: Su et al. 2021 (arXiv 2104.09864), with halves paired as in Llama.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None = None,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rope: bool = True,
+        rope_theta: float = 10000.0,
+        bias: bool = False,
+    ):
+        super().__init__()
+        if n_heads is None:
+            even = rope and head_dim is None and d_model % 2 == 0
+            n_heads = max(1, d_model // 64)
+            while d_model % n_heads or (even and (d_model // n_heads) % 2):
+                n_heads -= 1
+        if n_heads < 1 or (head_dim is None and d_model % n_heads):
+            raise ValueError(f"Attention: n_heads: want a divisor of d_model = {d_model}, or a head_dim, got {n_heads}")
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(f"Attention: n_kv_heads: want a divisor of n_heads = {n_heads}, got {n_kv_heads}")
+        head_dim = d_model // n_heads if head_dim is None else head_dim
+        if head_dim < 1 or (rope and head_dim % 2):
+            raise ValueError(f"Attention: head_dim: want an even number for rope=True (or rope=False), got {head_dim}")
+        if window is not None and window < 1:
+            raise ValueError(f"Attention: window: want at least 1 token, or None, got {window}")
+        if rope_theta <= 0:
+            raise ValueError(f"Attention: rope_theta: want a positive base, got {rope_theta}")
+        self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
+        self.window, self.rope, self.rope_theta = window, rope, rope_theta
+        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
+
+    def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> KVState | KVBuffer:
+        device = self._device() if device is None else device
+        if capacity is not None and self.window is not None:
+            # More than the window is never looked at.
+            capacity = min(capacity, max(1, self.window - 1))
+        return attention_cache(batch, self.n_kv_heads, self.head_dim, capacity=capacity, device=device, dtype=dtype)
+
+    def _project(
+        self, x: Tensor, state: KVState | KVBuffer | None, seg: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        if self.rope:
+            position = attention_positions(state, seg, x.shape[0], x.shape[1], x.device)
+            q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
+        return q, k, v
+
+    def _emit(self, y: Tensor, seg: Segments | None) -> Tensor:
+        y = self.out_proj(y.flatten(-2))
+        return y if seg is None else seg.mask(y)
+
+    def _run(
+        self, x: Tensor, state: KVState | KVBuffer | None, seg: Segments | None
+    ) -> tuple[Tensor, KVState | KVBuffer]:
+        check_input(self, x, self.d_model)
+        if seg is not None:
+            x = seg.mask(x)
+        q, k, v = self._project(x, state, seg)
+        y, state = attention(q, k, v, state=state, seg=seg, window=self.window)
+        return self._emit(y, seg), state
+
+    def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
+        check_input(self, x, self.d_model)
+        if seg is not None:
+            x = seg.mask(x)
+        q, k, v = self._project(x, None, seg)
+        dense = attention_matrix(q, k, seg=seg, window=self.window)
+        v = v.repeat_interleave(self.n_heads // self.n_kv_heads, 2)
+        return Mixing(dense, v, lambda y: self._emit(y, seg))

@@ -1,0 +1,62 @@
+"""Which models exist. A variant is a row of data: a configuration and a card, never one more flag."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+# Architecture name (stored in config.json) -> "module:class", imported on first use.
+ARCHITECTURES: dict[str, str] = {"language": "statewise.models.language.stack:LanguageModel"}
+
+
+def architecture_class(name: str) -> Any:
+    module, cls = ARCHITECTURES[name].split(":")
+    return getattr(import_module(module), cls)
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where a model comes from.
+
+    `parameters` is the published count; `licence` that of the published weights.
+    """
+
+    paper: str
+    year: int
+    parameters: int
+    licence: str
+    summary: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    architecture: str
+    card: Card
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def _mamba(layers: int, d_model: int, parameters: int) -> Preset:
+    card = Card("arXiv 2312.00752", 2023, parameters, "Apache-2.0", "Mamba language model, GPT-NeoX tokens")
+    config = {"vocab_size": 50277, "d_model": d_model, "n_layer": layers, "mixer": "mamba", "pad_vocab_to": 8}
+    return Preset("language", card, config)
+
+
+def _mamba2(layers: int, d_model: int, parameters: int) -> Preset:
+    card = Card("arXiv 2405.21060", 2024, parameters, "Apache-2.0", "Mamba-2 language model, GPT-NeoX tokens")
+    config = {"vocab_size": 50277, "d_model": d_model, "n_layer": layers, "mixer": "mamba2", "pad_vocab_to": 16}
+    return Preset("language", card, config)
+
+
+PRESETS: dict[str, Preset] = {
+    "mamba-130m": _mamba(24, 768, 129_135_360),
+    "mamba-370m": _mamba(48, 1024, 371_516_416),
+    "mamba-790m": _mamba(48, 1536, 793_204_224),
+    "mamba-1.4b": _mamba(48, 2048, 1_372_178_432),
+    "mamba-2.8b": _mamba(64, 2560, 2_768_345_600),
+    "mamba2-130m": _mamba2(24, 768, 128_989_632),
+    "mamba2-370m": _mamba2(48, 1024, 368_346_624),
+    "mamba2-780m": _mamba2(48, 1536, 780_161_280),
+    "mamba2-1.3b": _mamba2(48, 2048, 1_343_757_312),
+    "mamba2-2.7b": _mamba2(64, 2560, 2_702_599_680),
+}

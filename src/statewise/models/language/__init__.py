@@ -1,0 +1,5 @@
+"""Language models."""
+
+from .stack import LanguageModel, LanguageState
+
+__all__ = ["LanguageModel", "LanguageState"]

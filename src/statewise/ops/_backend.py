@@ -1,0 +1,80 @@
+"""Which implementation serves a call, and why.
+
+Order: the `backend=` argument > `with use_backend(...)` > the environment variable STATEWISE_BACKEND > automatic.
+An explicit choice that cannot serve raises and says why. Automatic takes the first implementation that can serve, in
+the op's own order, with the plain PyTorch reference last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("triton", "numba", "reference")
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen back-end cannot serve the call."""
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: want one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# Read once: a changing environment must not change numerics in the middle of a program.
+_environment: str | None = os.environ.get("STATEWISE_BACKEND") or None
+if _environment is not None:
+    _known(_environment, "environment variable STATEWISE_BACKEND")
+_forced: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every op called inside the block runs on this back-end, or raises BackendError with the reason.
+
+    The choice is one per process, not per thread.
+    """
+    global _forced
+    previous, _forced = _forced, _known(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def resolve(op: str, reasons: Mapping[str, str | None], requested: str | None = None) -> str:
+    """Name of the back-end that serves a call of `op`.
+
+    Args:
+        reasons: for each back-end of the op, in order of preference, None if it can serve this call and otherwise
+            the reason why not.
+        requested: the call's `backend=` argument.
+    """
+    explicit = requested or _forced or _environment
+    if explicit is None:
+        for name, reason in reasons.items():
+            if reason is None:
+                return name
+        raise BackendError(f"{op}: no back-end can serve this call: {dict(reasons)}")
+    _known(explicit, f"{op}: backend")
+    reason = reasons.get(explicit, f"{op} has no {explicit} implementation (it has: {', '.join(reasons)})")
+    if reason is not None:
+        raise BackendError(f"{op}: backend {explicit!r} was asked for but cannot serve this call: {reason}")
+    return explicit
+
+
+def numba_reason(*tensors: torch.Tensor | None) -> str | None:
+    """Why the Numba CPU kernels cannot serve these tensors, or None if they can."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            return f"Numba kernels run on CPU tensors, got one on {t.device.type}"
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"Numba kernels compute in float32, got {t.dtype} (the reference keeps it)"
+    return None

@@ -1,0 +1,72 @@
+"""Checks that every op makes on its arguments. Each error names the argument, what was got and what would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..segments import Segments
+
+_COMPUTE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+# Tables instead of dtype.to_real() and dtype.to_complex(), which torch.compile cannot trace.
+_REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
+_COMPLEX = {real: number for number, real in _REAL.items()}
+
+
+def compute_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which recurrences run: float32 for half precision, otherwise the tensor's own."""
+    return _COMPUTE.get(t.dtype, t.dtype)
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the real part."""
+    return _REAL.get(dtype, dtype)
+
+
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The complex dtype whose parts have this dtype (float32 or float64)."""
+    return _COMPLEX.get(dtype, dtype)
+
+
+def shape(op: str, name: str, t: Tensor, want: Sequence[int | str], sizes: dict[str, int]) -> None:
+    """Check `t` against a shape such as ("B", "L", "D"); known letters must agree, new ones go into `sizes`."""
+    expected = tuple(sizes.get(s, s) if isinstance(s, str) else s for s in want)
+    ok = t.ndim == len(want) and all(e == n for e, n in zip(expected, t.shape) if isinstance(e, int))
+    if not ok:
+        letters = ", ".join(str(s) for s in want)
+        numbers = ", ".join(str(e) for e in expected)
+        wanted = f"({letters})" if letters == numbers else f"({letters}) = ({numbers})"
+        raise ValueError(f"{op}: {name}: want shape {wanted}, got {tuple(t.shape)}")
+    for s, n in zip(want, t.shape):
+        if isinstance(s, str):
+            sizes.setdefault(s, n)
+
+
+def same_kind(op: str, first: tuple[str, Tensor], **others: Tensor | None) -> None:
+    """All tensors on one device, and in the dtype of the first or in the dtype it computes in (float32 parameters
+    beside bfloat16 activations are meant; float32 beside float64 is a mistake)."""
+    lead_name, lead = first
+    if not (lead.is_floating_point() or lead.is_complex()):
+        raise TypeError(f"{op}: {lead_name}: want a floating tensor, got {lead.dtype}")
+    real = real_dtype(compute_dtype(lead))
+    allowed = {lead.dtype, real, complex_dtype(real)}
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.device != lead.device:
+            raise ValueError(f"{op}: {name} is on {t.device} but {lead_name} on {lead.device}; move one of them")
+        if t.dtype not in allowed:
+            raise TypeError(
+                f"{op}: {name} is {t.dtype} but {lead_name} is {lead.dtype}; want {name} in "
+                f"{' or '.join(sorted(str(d) for d in {lead.dtype, compute_dtype(lead)}))}"
+            )
+
+
+def segments(op: str, seg: Segments | None, batch: int, length: int, device: torch.device) -> None:
+    if seg is None:
+        return
+    if not isinstance(seg, Segments):
+        raise TypeError(f"{op}: seg: want a statewise.Segments or None, got {type(seg).__name__}")
+    seg.check(batch, length, device)

@@ -1,0 +1,45 @@
+"""The only file that talks to torch.library: it turns a kernel into an operator that autograd, torch.compile and
+torch.export understand.
+
+Rules: schemas are functional and of fixed arity; the backward pass is an operator of its own; the implementation is
+named by a string and imported on the first call, so that `import statewise` imports neither numba nor triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+_library = torch.library.Library("statewise", "FRAGMENT")
+
+
+def operator(schema: str, implementation: str, fake: Callable, *, device: str = "CPU") -> Any:
+    """Define `statewise::<name>` and return it.
+
+    Args:
+        schema: the torch.library schema, e.g. `"twice(Tensor x) -> Tensor"`.
+        implementation: `"package.module:function"`, imported on the first call.
+        fake: the same signature; returns empty tensors of the right shape, dtype and device.
+        device: dispatch key that the kernel serves.
+    """
+    name = schema.split("(", 1)[0]
+    module, function = implementation.split(":")
+    loaded: list[Callable] = []
+
+    def run(*args, **kwargs):
+        if not loaded:
+            loaded.append(getattr(import_module(module), function))
+        return loaded[0](*args, **kwargs)
+
+    _library.define(schema)
+    _library.impl(name, run, device)
+    torch.library.register_fake(f"statewise::{name}", fake, lib=_library)
+    return getattr(torch.ops.statewise, name).default
+
+
+def differentiable(op: Any, backward: Callable, save: Callable) -> None:
+    """Attach `backward(ctx, *grads)`; `save(ctx, inputs, output)` stores what it needs."""
+    torch.library.register_autograd(op._schema.name, backward, setup_context=save, lib=_library)

@@ -1,0 +1,405 @@
+"""Linear time-invariant systems: the long convolution, the kernel of a diagonal state space, and its recurrence."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ...segments import Segments
+from ...segments import reverse as reverse_time
+from .. import _checks
+from .._backend import resolve
+from .._precision import no_autocast
+from .._spec import OpSpec, Summary, register
+from . import forms, reference
+
+__all__ = [
+    "diagonal_kernel",
+    "diagonal_ssm",
+    "diagonal_ssm_apply",
+    "diagonal_ssm_carry",
+    "diagonal_ssm_matrix",
+    "diagonal_ssm_step",
+    "diagonal_ssm_summary",
+    "lti_conv",
+]
+
+_OP = "diagonal_ssm"
+ALGORITHMS = ("fft", "chunk", "recurrent")
+# Up to this many tokens the plain recurrence is cheaper than setting up any closed form.
+_FEW = 8
+# Measured on CPU (N = 32, forward and backward): the Fourier form is up to 2 times faster for short rows, the chunked
+# form 1.2 to 1.6 times faster for long ones. The loop over chunk states is what a GPU would wait for.
+_MANY = 2048
+
+
+# ---- long convolution ----------------------------------------------------------------------------------------------
+
+
+def lti_conv(
+    u: Tensor, kernel: Tensor, D: Tensor | None = None, *, seg: Segments | None = None, reverse: bool = False
+) -> Tensor:
+    """Causal convolution y_t = sum_{s <= t} kernel[t - s] u_s + D u_t, channel by channel, by Fourier transform.
+
+    Args:
+        u: (B, L, D), real.
+        kernel: (D, K), real, K >= 1; taps beyond L - 1 have no effect. float32 or float64 (not half precision).
+        D: (D,), the skip weight.
+        seg: documents and padding. Each document is convolved on its own and padding is skipped, as if it were not
+            there. There is no state here, so a document that continues from an earlier chunk is treated as if it
+            began at its first token in this one; use `diagonal_ssm` to continue.
+        reverse: anti-causal, y_t = sum_{s >= t} kernel[s - t] u_s + D u_t, per document.
+
+    Returns:
+        y (B, L, D) in the dtype of u, computed in float32 or float64. Errors are relative to the largest output of
+        a row, not to each output, as with every Fourier transform.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that do not go together.
+
+    Source: S4 (Gu et al., 2021), section 2.4.
+    """
+    sizes: dict[str, int] = {}
+    _checks.shape("lti_conv", "u", u, ("B", "L", "D"), sizes)
+    _checks.shape("lti_conv", "kernel", kernel, ("D", "K"), sizes)
+    if D is not None:
+        _checks.shape("lti_conv", "D", D, ("D",), sizes)
+    _checks.same_kind("lti_conv", ("u", u), kernel=kernel, D=D)
+    _checks.segments("lti_conv", seg, sizes["B"], sizes["L"], u.device)
+    if u.is_complex() or kernel.is_complex():
+        raise TypeError(f"lti_conv: u, kernel: want real tensors, got {u.dtype} and {kernel.dtype}")
+    if sizes["K"] == 0:
+        raise ValueError(f"lti_conv: kernel: want at least one tap, got {tuple(kernel.shape)}")
+    real = _checks.compute_dtype(u)
+    v, taps = u.to(real), kernel.to(real)
+    with no_autocast(u):
+        if seg is not None:
+            v = seg.mask(v)
+        x = reverse_time(v, seg) if reverse else v
+        y = forms.convolve(x.mT, taps).mT if seg is None else _per_document(x, taps, seg)
+        if reverse:
+            y = reverse_time(y, seg)
+    if D is not None:
+        y = y + D.to(real) * v
+    return y.to(u.dtype)
+
+
+def _per_document(u: Tensor, kernel: Tensor, seg: Segments) -> Tensor:
+    """Gather documents into rows of their own, those of similar length together, and put the results back."""
+    B, L, D = u.shape
+    row = torch.arange(B, device=u.device).unsqueeze(1)
+    document = seg.document + row * (L + 1)
+    valid = torch.ones_like(document, dtype=torch.bool) if seg.valid is None else seg.valid
+    where = valid.flatten().nonzero().squeeze(1)
+    flat = u.reshape(B * L, D)
+    y = torch.zeros_like(flat)
+    _, group, count = document.flatten()[where].unique_consecutive(return_inverse=True, return_counts=True)
+    rank = torch.arange(len(where), device=u.device) - (count.cumsum(0) - count)[group]
+    # Rows are padded to the next power of two at most, so that one long document among many short ones costs little.
+    width = torch.pow(2, torch.ceil(torch.log2(count.double()))).long()
+    for size in width.unique().tolist():
+        members = (width == size).nonzero().squeeze(1)
+        mine = (width[group] == size).nonzero().squeeze(1)
+        slot = torch.searchsorted(members, group[mine]) * size + rank[mine]
+        tokens = where[mine]
+        rows = flat.new_zeros(len(members) * size, D).index_copy(0, slot, flat[tokens])
+        out = forms.convolve(rows.view(len(members), size, D).mT, kernel).mT.reshape(-1, D)
+        y = y.index_copy(0, tokens, out[slot])
+    return y.view(B, L, D)
+
+
+def diagonal_kernel(log_a: Tensor, coeff: Tensor, length: int, *, conjugate: bool = True) -> Tensor:
+    """The kernel K_l = sum_n coeff_n exp(l log_a_n), l = 0 ... length - 1 (a Vandermonde product).
+
+    Args:
+        log_a: (D, N), natural log of the factor per step, complex or real; real part <= 0 for a stable system.
+        coeff: (..., D, N), the products c_n b_n.
+        conjugate: the modes stand for conjugate pairs of which one half is stored: twice the real part is returned.
+            False: the real part. Without effect on real modes.
+
+    Returns:
+        (..., D, length), real. About 2 sqrt(length) powers per mode are held, never (D, N, length). Phases are
+        computed in float64, so in float32 the result is within a few units of rounding times sum_n |coeff_n|.
+
+    Source: S4D (Gu et al., 2022), section 3.2; DSS (Gupta et al., 2022), Proposition 1.
+    """
+    sizes: dict[str, int] = {}
+    _checks.shape("diagonal_kernel", "log_a", log_a, ("D", "N"), sizes)
+    lead = tuple(coeff.shape[:-2])
+    _checks.shape("diagonal_kernel", "coeff", coeff, (*lead, "D", "N"), sizes)
+    _checks.same_kind("diagonal_kernel", ("log_a", log_a.real), log_a=log_a, coeff=coeff)
+    if length < 0:
+        raise ValueError(f"diagonal_kernel: length: want 0 or more, got {length}")
+    dtype = torch.promote_types(log_a.dtype, coeff.dtype)
+    with no_autocast(log_a):
+        kernel = forms.vandermonde(log_a.to(dtype), coeff.to(dtype), length)
+    return 2 * kernel if dtype.is_complex and conjugate else kernel
+
+
+# ---- diagonal state space ------------------------------------------------------------------------------------------
+
+
+def _check_coefficients(log_a, b, c, D, sizes: dict[str, int]) -> None:
+    _checks.shape(_OP, "log_a", log_a, ("D", "N"), sizes)
+    _checks.shape(_OP, "b", b, ("D", "N"), sizes)
+    _checks.shape(_OP, "c", c, ("D", "N"), sizes)
+    if D is not None:
+        _checks.shape(_OP, "D", D, ("D",), sizes)
+
+
+def _check_state(state: Tensor | None, dtype: torch.dtype) -> None:
+    if state is not None and state.is_complex() and not dtype.is_complex:
+        raise TypeError(f"{_OP}: state: want a real state beside real coefficients, got {state.dtype}")
+
+
+def reasons(**_) -> dict[str, str | None]:
+    """For each back-end, None if it serves these inputs and else why not."""
+    return {"reference": None}
+
+
+def _choose(algorithm: str | None, u: Tensor, seg: Segments | None) -> str:
+    if algorithm is None:
+        if u.shape[1] <= _FEW:
+            return "recurrent"
+        long = u.device.type == "cpu" and u.shape[1] > _MANY
+        return "chunk" if long or seg is not None else "fft"
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{_OP}: algorithm: want one of {', '.join(ALGORITHMS)} or None, got {algorithm!r}")
+    if algorithm == "fft" and seg is not None:
+        raise ValueError(
+            f"{_OP}: algorithm: 'fft' is one convolution over the whole row and cannot serve documents, resets or "
+            "padding; with seg want 'chunk', 'recurrent' or None, got 'fft'"
+        )
+    return algorithm
+
+
+def diagonal_ssm(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None = None,
+    *,
+    conjugate: bool = True,
+    state: Tensor | None = None,
+    seg: Segments | None = None,
+    algorithm: Literal["fft", "chunk", "recurrent"] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """h_t = exp(log_a) h_{t-1} + b u_t and y_t = 2 Re(sum_n c_n h_tn) + D u_t, one system of N modes per channel.
+
+    Args:
+        u: (B, L, D), real.
+        log_a: (D, N), natural log of the factor per step; real part <= 0 for a stable system. Complex or real.
+        b, c: (D, N), complex or real. If any of log_a, b, c is complex, all are taken as complex.
+        D: (D,), the skip weight.
+        conjugate: complex modes stand for conjugate pairs of which one half is stored. False: each mode stands for
+            itself and y takes the real part without the factor 2. Real modes have no such factor either way.
+        state: (B, D, N), h before the first token; zeros if None.
+        seg: documents and padding.
+        algorithm: "fft" (one kernel and one Fourier convolution; not with `seg`), "chunk" (matrix products in chunks
+            of 64 tokens and states between them; serves everything), "recurrent" (token by token; with gradients its
+            memory grows as (B, L, D, N)), or None: "recurrent" up to 8 tokens, "chunk" with `seg` and for long rows
+            on CPU, else "fft".
+        backend: "reference" or None; all algorithms are plain PyTorch.
+
+    Returns:
+        y (B, L, D) in the dtype of u, and the state (B, D, N) after the last token in the dtype of the computation:
+        complex64 (float32 for real modes), or complex128 (float64) for float64 input.
+
+    Raises:
+        ValueError: shapes that do not fit, or "fft" with `seg`.
+        TypeError: dtypes that do not go together.
+
+    Source: S4D (Gu et al., 2022), section 3; state passing by chunks as in SSD (Dao & Gu, 2024), section 6.
+    """
+    sizes: dict[str, int] = {}
+    _checks.shape(_OP, "u", u, ("B", "L", "D"), sizes)
+    _check_coefficients(log_a, b, c, D, sizes)
+    if state is not None:
+        _checks.shape(_OP, "state", state, ("B", "D", "N"), sizes)
+    if u.is_complex():
+        raise TypeError(f"{_OP}: u: want a real tensor, got {u.dtype}")
+    _checks.same_kind(_OP, ("u", u), log_a=log_a, b=b, c=c, D=D, state=state)
+    _checks.segments(_OP, seg, sizes["B"], sizes["L"], u.device)
+    _check_state(state, reference.lift(u, log_a, b, c)[1])
+    resolve(_OP, reasons(), backend)
+    chosen = _choose(algorithm, u, seg)
+    with no_autocast(u):
+        if chosen == "recurrent" or sizes["L"] == 0:
+            return reference.diagonal_ssm(u, log_a, b, c, D, conjugate=conjugate, state=state, seg=seg)
+        return _closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg)
+
+
+def _closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg) -> tuple[Tensor, Tensor]:
+    real, dtype = reference.lift(u, log_a, b, c)
+    v, log_a, b, c = u.to(real), log_a.to(dtype), b.to(dtype), c.to(dtype)
+    if dtype.is_complex and conjugate:
+        c = 2 * c
+    if seg is None:
+        y, last = (forms.fft if chosen == "fft" else forms.chunk)(v, log_a, b, c)
+    else:
+        v = seg.mask(v)
+        order, document = _compact(seg)
+        x = v if order is None else v.gather(1, order.unsqueeze(-1).expand_as(v))
+        y, last = forms.chunk(x, log_a, b, c, document)
+        if order is not None:
+            y = torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
+    if state is not None:
+        state = state.to(dtype) if seg is None else seg.forget(state.to(dtype))
+        y = y + _carried(log_a, c, state, v.shape[1], seg)
+        last = last + _transition(log_a, v.shape[1], seg) * state
+    if D is not None:
+        y = y + D.to(real) * v
+    return (y if seg is None else seg.mask(y)).to(u.dtype), last
+
+
+def _compact(seg: Segments) -> tuple[Tensor | None, Tensor]:
+    """An order of each row that puts padding first, and the documents (B, L) in that order."""
+    document = seg.document
+    if seg.valid is None:
+        return None, document
+    order = torch.argsort(seg.valid.to(torch.uint8), dim=1, stable=True)
+    return order, torch.where(seg.valid, document, 0).gather(1, order)
+
+
+def _carried(log_a: Tensor, c: Tensor, state: Tensor, length: int, seg: Segments | None) -> Tensor:
+    """What the state adds to y, (B, L, D), given c that includes the factor for conjugates."""
+    y = forms.from_state(log_a, c, state, length).mT
+    if seg is None:
+        return y
+    if seg.valid is not None:
+        rank = (seg.valid.long().cumsum(1) - 1).clamp(min=0)
+        y = y.gather(1, rank.unsqueeze(-1).expand_as(y))
+    return seg.mask(y).masked_fill((seg.document > 0).unsqueeze(-1), 0)
+
+
+def _transition(log_a: Tensor, length: int, seg: Segments | None) -> Tensor:
+    """a^(number of valid tokens), zero where a document begins: (1 or B, D, N)."""
+    if seg is None:
+        return reference.powers(log_a, torch.tensor([length], device=log_a.device)).transpose(0, 1)
+    count = seg.position.new_full(seg.shape[:1], length) if seg.valid is None else seg.valid.sum(1)
+    a = reference.powers(log_a, count).transpose(0, 1)
+    return a.masked_fill(seg.resets.any(1)[:, None, None], 0)
+
+
+def diagonal_ssm_step(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None = None,
+    *,
+    conjugate: bool = True,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One token of `diagonal_ssm`: u (B, D), state (B, D, N) or None -> y (B, D), new state."""
+    y, state = diagonal_ssm(u.unsqueeze(1), log_a, b, c, D, conjugate=conjugate, state=state, algorithm="recurrent")
+    return y.squeeze(1), state
+
+
+def _length(what: str, length: int | None, seg: Segments | None) -> int:
+    if length is None and seg is None:
+        raise ValueError(f"{what}: length: want L, since a time-invariant system does not tell it, got None")
+    if length is not None and seg is not None and seg.shape[1] != length:
+        raise ValueError(f"{what}: length: seg has {seg.shape[1]} tokens, got length={length}")
+    return length if length is not None else seg.shape[1]  # type: ignore[union-attr]
+
+
+def diagonal_ssm_matrix(
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None = None,
+    *,
+    conjugate: bool = True,
+    length: int | None = None,
+    seg: Segments | None = None,
+) -> Tensor:
+    """`diagonal_ssm` from a zero state as matrices [t, s], lower triangular: (1, D, L, L), or (B, D, L, L) with seg.
+
+    Args:
+        length: L, needed without `seg`. Other arguments as in `diagonal_ssm`. Memory grows with L squared.
+    """
+    length = _length("diagonal_ssm_matrix", length, seg)
+    _check_coefficients(log_a, b, c, D, {})
+    dtype = torch.promote_types(torch.promote_types(log_a.dtype, b.dtype), c.dtype)
+    kernel = diagonal_kernel(log_a, c.to(dtype) * b.to(dtype), length, conjugate=conjugate)
+    lag, seen = reference.lags(length, seg, log_a.device)
+    dense = (kernel[:, lag] * seen).transpose(0, 1)
+    if D is not None:
+        diagonal = torch.diag_embed(torch.diagonal(seen, dim1=1, dim2=2).to(kernel.dtype))
+        dense = dense + D.to(kernel.dtype)[:, None, None] * diagonal.unsqueeze(1)
+    return dense
+
+
+def diagonal_ssm_apply(matrix: Tensor, u: Tensor) -> Tensor:
+    """`matrix` (1 or B, D, L, L) times u (B, L, D)."""
+    dtype = torch.promote_types(matrix.dtype, u.dtype)
+    return (matrix.to(dtype) @ u.to(dtype).mT.unsqueeze(-1)).squeeze(-1).mT
+
+
+def diagonal_ssm_summary(
+    u: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None = None,
+    *,
+    conjugate: bool = True,
+    seg: Segments | None = None,
+) -> Summary:
+    """This stretch as one element: transition exp(valid tokens * log_a), 0 if a document begins in it, and last state.
+
+    Both are (B, D, N).
+    """
+    _, state = diagonal_ssm(u, log_a, b, c, D, conjugate=conjugate, seg=seg)
+    transition = _transition(log_a.to(state.dtype), u.shape[1], seg)
+    return Summary(transition.expand_as(state), state)
+
+
+def diagonal_ssm_carry(
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    D: Tensor | None = None,
+    *,
+    state: Tensor,
+    conjugate: bool = True,
+    length: int | None = None,
+    seg: Segments | None = None,
+) -> Tensor:
+    """What `state` (B, D, N) adds to the outputs of a stretch that was run from zero: (B, L, D).
+
+    Args:
+        length: L, needed without `seg`. Other arguments as in `diagonal_ssm`; b and D have no part in the result.
+    """
+    length = _length("diagonal_ssm_carry", length, seg)
+    _check_coefficients(log_a, b, c, D, {})
+    dtype = state.dtype
+    factor = 2 if dtype.is_complex and conjugate else 1
+    with no_autocast(log_a):
+        state = state if seg is None else seg.forget(state)
+        return _carried(log_a.to(dtype), factor * c.to(dtype), state, length, seg)
+
+
+register(
+    OpSpec(
+        name=_OP,
+        run=diagonal_ssm,
+        reference=reference.diagonal_ssm,
+        value="u",
+        timed=("u",),
+        reasons=reasons,
+        cases="statewise.ops.lti.cases",
+        step=diagonal_ssm_step,
+        matrix=diagonal_ssm_matrix,
+        apply=diagonal_ssm_apply,
+        summary=diagonal_ssm_summary,
+        carry=diagonal_ssm_carry,
+        chunk=forms.CHUNK,
+    )
+)

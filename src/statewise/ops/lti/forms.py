@@ -1,0 +1,189 @@
+"""Closed forms of the diagonal recurrence in matrix products and Fourier transforms. No (B, L, D, N) tensor is made.
+
+Every form runs from a zero state over a full row; what the incoming state adds is computed on its own (`from_state`),
+so that padding, which must not age a state, is dealt with in one place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import powers
+
+CHUNK = 64
+
+
+def fast_length(n: int) -> int:
+    """The smallest even 2^i 3^j 5^k >= n, for which Fourier transforms are quick."""
+    best = 1 << max(1, (n - 1).bit_length())
+    five = 1
+    while five < best:
+        three = five
+        while three < best:
+            size = three * max(2, 1 << max(0, -(-n // three) - 1).bit_length())
+            if n <= size < best:
+                best = size
+            three *= 3
+        five *= 5
+    return best
+
+
+def convolve(u: Tensor, kernel: Tensor) -> Tensor:
+    """Causal convolution along the last axis: u (..., L), kernel (..., K) -> (..., L), real, by Fourier transform."""
+    length = u.shape[-1]
+    if length == 0:
+        return u * 1
+    kernel = kernel[..., :length]
+    n = fast_length(length + kernel.shape[-1] - 1)
+    return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(kernel, n), n)[..., :length]
+
+
+def _parts(x: Tensor) -> Tensor:
+    """(..., N) complex as (..., 2N) real; real tensors stay."""
+    return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
+
+
+def _whole(x: Tensor, is_complex: bool) -> Tensor:
+    """The inverse of `_parts`."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2))) if is_complex else x
+
+
+def _dot_parts(x: Tensor) -> Tensor:
+    """As `_parts`, such that _parts(h) . _dot_parts(x) = Re(sum h x)."""
+    return _parts(x.conj().resolve_conj()) if x.is_complex() else x
+
+
+def _range(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)
+
+
+def _one(like: Tensor) -> Tensor:
+    return torch.ones(1, dtype=torch.int64, device=like.device)
+
+
+def _split(length: int) -> tuple[int, int]:
+    """Q, a power of two near sqrt(length), and how many chunks of Q cover the length."""
+    Q = 1 << ((max(length, 1) - 1).bit_length() + 1) // 2
+    return Q, -(-length // Q)
+
+
+def vandermonde(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
+    """Re(sum_n coeff_n a_n^l) for l < length: log_a (D, N), coeff (..., D, N) -> (..., D, length).
+
+    Two levels: with l = q Q + r the sum is a matrix product of (coeff a^(q Q)) and a^r, so that only about
+    2 sqrt(length) powers per mode are ever held.
+    """
+    Q, chunks = _split(length)
+    left = coeff.unsqueeze(-2) * powers(log_a, _range(chunks, log_a) * Q)  # (..., D, chunks, N)
+    right = powers(log_a, _range(Q, log_a))  # (D, Q, N)
+    return (_parts(left) @ _dot_parts(right).mT).flatten(-2)[..., :length]
+
+
+def last_state(u: Tensor, log_a: Tensor, b: Tensor) -> Tensor:
+    """The state after a row that began at zero: u (B, D, L) -> sum_s a^(L-1-s) b u_s, (B, D, N).
+
+    All powers have exponents >= 0 and are summed directly: nothing is divided by a small a^l.
+    """
+    B, D, length = u.shape
+    Q, chunks = _split(length)
+    u = F.pad(u, (chunks * Q - length, 0)).view(B, D, chunks, Q)
+    inner = u @ _parts(powers(log_a, Q - 1 - _range(Q, log_a)) * b.unsqueeze(-2))
+    outer = powers(log_a, Q * (chunks - 1 - _range(chunks, log_a)))
+    return (_whole(inner, b.is_complex()) * outer).sum(-2)
+
+
+def from_state(log_a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
+    """What a state adds to the next outputs: c a^(t+1) h, (B, D, length)."""
+    return vandermonde(log_a, c * powers(log_a, _one(log_a)).squeeze(-2) * state, length)
+
+
+def fft(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """u (B, L, D) from a zero state -> y (B, L, D), last state. One document a row, no padding."""
+    u = u.mT
+    y = convolve(u, vandermonde(log_a, c * b, u.shape[-1]))
+    return y.mT, last_state(u, log_a, b)
+
+
+def _toeplitz(kernel: Tensor, size: int, shift: int = 0) -> Tensor:
+    """T[s, t] = kernel[shift + t - s], zero where that index is negative; kernel (D, K) -> (D, size, size)."""
+    at = _range(size, kernel)
+    lag = shift + at - at.unsqueeze(1)
+    return kernel[:, lag.clamp(min=0)] * (lag >= 0)
+
+
+def _all_powers(log_a: Tensor, n: int) -> Tensor:
+    """a^0 ... a^(n-1), (D, n, N), from about 2 sqrt(n) exponentials."""
+    Q, chunks = _split(n)
+    coarse, fine = powers(log_a, _range(chunks, log_a) * Q), powers(log_a, _range(Q, log_a))
+    return (coarse.unsqueeze(2) * fine.unsqueeze(1)).flatten(1, 2)[:, :n]
+
+
+def _inside(u: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
+    """Convolution inside chunks, per document: u (D, M, Q), document (M, Q) -> (D, M, Q).
+
+    Documents are runs, so what the left half of a block sends to its right half can only be the document that is
+    under way at the cut. Halving again and again leaves plain matrix products between two masks.
+    """
+    Q = u.shape[-1]
+    y = u * kernel[:, :1, None]
+    half = Q // 2
+    while half:
+        blocks = (Q // (2 * half), 2, half)
+        halves, ids = u.unflatten(-1, blocks), document.unflatten(-1, blocks)
+        under_way = ids[..., 0, -1:]
+        sent = halves[..., 0, :] * (ids[..., 0, :] == under_way)
+        weights = _toeplitz(kernel, half, half)
+        received = (sent.flatten(1, 2) @ weights).view(sent.shape) * (ids[..., 1, :] == under_way)
+        y = y + F.pad(received.unsqueeze(-2), (0, 0, 1, 0)).flatten(-3)
+        half //= 2
+    return y
+
+
+def _inside_chunks(u: Tensor, kernel: Tensor, document: Tensor | None) -> Tensor:
+    """As `_inside`; chunks that hold a single document (document None: all) take one dense matrix product."""
+    if document is not None and torch.compiler.is_compiling():
+        return _inside(u, kernel, document)  # which chunks are mixed is data, and shapes may not depend on data
+    y = u @ _toeplitz(kernel, u.shape[-1])
+    if document is None:
+        return y
+    mixed = (document[:, 0] != document[:, -1]).nonzero().squeeze(1)
+    return y.index_copy(1, mixed, _inside(u[:, mixed], kernel, document[mixed])) if len(mixed) else y
+
+
+def chunk(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """u (B, L, D) from a zero state -> y (B, L, D), last state; matrix products inside chunks, states between them.
+
+    Args:
+        document: (B, L) integers that do not fall along a row; a change ends a document. None: one a row.
+    """
+    B, length, D = u.shape
+    N = b.shape[-1]
+    size = min(CHUNK, 1 << max(length - 1, 0).bit_length())
+    chunks = -(-length // size)
+    pad = chunks * size - length
+    u = F.pad(u.permute(2, 0, 1), (pad, 0)).reshape(D, B * chunks, size)
+    a = _all_powers(log_a, size)
+    inject, emit = _parts(a.flip(1) * b.unsqueeze(-2)), a * (c * powers(log_a, _one(u)).squeeze(-2)).unsqueeze(-2)
+    keep = None
+    if document is not None:
+        document = F.pad(document, (pad, 0)).view(B, chunks, size)
+        last = document[..., -1:]
+        before = F.pad(last[:, :-1], (0, 0, 1, 0))
+        keep = last == before
+        sent = u * (document == last).flatten(0, 1)
+        document, before = document.flatten(0, 1), before.flatten(0, 1)
+    y = _inside_chunks(u, vandermonde(log_a, c * b, size), document)
+    states = _whole((u if document is None else sent) @ inject, b.is_complex()).view(D, B, chunks, N)
+    decay = powers(log_a, _one(u) * size)  # (D, 1, N)
+    entering = [states.new_zeros(D, B, N)]
+    for q, arriving in enumerate(states.unbind(2)):
+        carried = decay * entering[-1]
+        entering.append(arriving + (carried if keep is None else carried * keep[:, q]))
+    if chunks > 1:
+        history = torch.stack(entering[:-1], 2).flatten(1, 2)
+        late = _parts(history) @ _dot_parts(emit).mT
+        y = y + (late if document is None else late * (document == before))
+    y = y.view(D, B, chunks * size)[..., pad:].permute(1, 2, 0)
+    return y, entering[-1].transpose(0, 1)

@@ -1,0 +1,275 @@
+"""SSD (state space duality): the scalar-decay recurrence of Mamba-2."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from ...segments import Segments
+from .. import _checks
+from .._backend import resolve
+from .._dt import Limits, step_size
+from .._precision import no_autocast
+from .._spec import OpSpec, Summary, register
+from . import reference
+
+__all__ = ["ssd", "ssd_carry", "ssd_matrix", "ssd_step", "ssd_summary"]
+
+ALGORITHMS = ("chunk", "recurrent")
+
+# Measured on CPU over L = 128 ... 8192 (P = 64, N = 128): 64 is within a few percent of the best everywhere.
+CHUNK = 64
+
+
+def _sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, **others: Tensor | None):
+    sizes: dict[str, int] = {}
+    _checks.shape("ssd", "x", x, ("B", "L", "H", "P"), sizes)
+    _coefficient_sizes(dt, A, B, C, sizes)
+    if state is not None:
+        _checks.shape("ssd", "state", state, ("B", "H", "P", "N"), sizes)
+    D, z, dt_bias = others.get("D"), others.get("z"), others.get("dt_bias")
+    if D is not None:
+        _checks.shape("ssd", "D", D, ("H",) if D.ndim == 1 else ("H", "P"), sizes)
+    if z is not None:
+        _checks.shape("ssd", "z", z, ("B", "L", "H", "P"), sizes)
+    if dt_bias is not None:
+        _checks.shape("ssd", "dt_bias", dt_bias, ("H",), sizes)
+    _checks.same_kind("ssd", ("x", x), dt=dt, A=A, B=B, C=C, state=state, **others)
+    return sizes
+
+
+def _coefficient_sizes(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sizes: dict[str, int]) -> None:
+    _checks.shape("ssd", "dt", dt, ("B", "L", "H"), sizes)
+    _checks.shape("ssd", "A", A, ("H",), sizes)
+    _checks.shape("ssd", "B", B, ("B", "L", "G", "N"), sizes)
+    _checks.shape("ssd", "C", C, ("B", "L", "G", "N"), sizes)
+    if sizes["H"] % sizes["G"]:
+        raise ValueError(f"ssd: B: want groups G that divide the {sizes['H']} heads, got G = {sizes['G']}")
+
+
+def _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None, *values: Tensor):
+    """Step size, log decay and values with padding made neutral, and the reset mask."""
+    if seg is not None:
+        dt = seg.mask(dt)  # before softplus too: its derivative at whatever stands in the padding may be NaN
+    if seg is not None:
+        dt = seg.mask(dt)  # before softplus: what stands in padding must not reach a gradient
+    dt = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
+    values = tuple(v.to(dtype) for v in values)
+    if seg is not None:
+        dt = seg.mask(dt)
+        values = tuple(seg.mask(v) for v in values)
+    return dt, dt * A.to(dtype), values, None if seg is None else seg.resets
+
+
+def reasons(**inputs) -> dict[str, str | None]:
+    return {"reference": None}
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    chunk_size: int | None = None,
+    *,
+    dt_limit: Limits | None = None,
+    state: Tensor | None = None,
+    seg: Segments | None = None,
+    algorithm: str | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T;  y_t = S_t C_t + D x_t;  then y_t * silu(z_t) if z is given.
+
+    Args:
+        x: (B, L, H, P) values.
+        dt: (B, L, H) step size, > 0 once bias and softplus are applied; dt = 0 leaves the state as it is.
+        A: (H,) decay rate per unit of dt, < 0: the decay of one step is exp(dt A).
+        B, C: (B, L, G, N) input and output directions; group g serves H / G neighbouring heads.
+        D: (H,) or (H, P) skip weight. z: (B, L, H, P) gate.
+        dt_bias: (H,) added to dt; dt_softplus: then softplus; dt_limit: then clamp to (low, high).
+        chunk_size: length inside which the quadratic form is used, 64 if None; the result does not depend on it.
+        state: (B, H, P, N) before the first position; zeros if None.
+        seg: packing and padding.
+        algorithm: "chunk" (default) or "recurrent" (the definition, one position at a time).
+        backend: see `statewise.ops.use_backend`.
+
+    Returns:
+        y (B, L, H, P) in x's dtype, and the state (B, H, P, N) after the last position, in float32 (float64 for
+        float64 input). Differentiable in every tensor argument through both.
+
+    Raises:
+        ValueError, TypeError: naming the argument whose shape, device or dtype does not fit.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), equations 15-16 and section 6.
+    """
+    sizes = _sizes(x, dt, A, B, C, state, D=D, z=z, dt_bias=dt_bias)
+    _checks.segments("ssd", seg, sizes["B"], sizes["L"], x.device)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"ssd: chunk_size: want a positive number, got {chunk_size}")
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise ValueError(f"ssd: algorithm: want 'chunk', 'recurrent' or None, got {algorithm!r}")
+    resolve("ssd", reasons(), backend)
+    dtype = _checks.compute_dtype(x)
+    if state is None:
+        state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
+    if sizes["L"] == 1 and seg is None and algorithm is None:
+        y, state = ssd_step(
+            x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, dt_softplus,
+            dt_limit=dt_limit, state=state,
+        )  # fmt: skip
+        return y[:, None], state
+    dt_, log_a, (v, b, c), resets = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg, x, B, C)
+    if seg is not None:
+        state = seg.forget(state)
+    if algorithm == "recurrent":
+        y, state = reference.recurrent(v, dt_, log_a, b, c, state.to(dtype), resets)
+    else:
+        with no_autocast(x):
+            y, state = reference.chunked(v, dt_, log_a, b, c, state.to(dtype), resets, chunk_size or CHUNK)
+    return _tail(y, v, D, z, seg).to(x.dtype), state
+
+
+def _tail(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, seg: Segments | None) -> Tensor:
+    if D is not None:
+        y = y + x * (D[:, None] if D.ndim == 1 else D).to(y.dtype)
+    if z is not None:
+        y = y * silu((z if seg is None else seg.mask(z)).to(y.dtype))
+    return y
+
+
+def ssd_step(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    dt_limit: Limits | None = None,
+    state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One position of `ssd`: x, z (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) or None for zeros."""
+    dtype = _checks.compute_dtype(x)
+    H = x.shape[1]
+    dt_ = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
+    b, c = reference.heads(B.to(dtype), H), reference.heads(C.to(dtype), H)
+    v = x.to(dtype)
+    update = (dt_[..., None] * v)[..., None] * b[:, :, None]
+    kept = 0 if state is None else (dt_ * A.to(dtype)).exp()[..., None, None] * state.to(dtype)
+    state = kept + update
+    y = (state @ c[..., None]).squeeze(-1)
+    return _tail(y, v, D, z, None).to(x.dtype), state
+
+
+def ssd_matrix(
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    *,
+    dt_limit: Limits | None = None,
+    seg: Segments | None = None,
+) -> Tensor:
+    """(B, H, L, L): y[:, t, h] = sum_s M[:, h, t, s] x[:, s, h]. The gate z is not part of it; D must be (H,) or None.
+
+    Source: Dao & Gu 2024, equation 16 (the 1-semiseparable mask).
+    """
+    sizes: dict[str, int] = {"B": dt.shape[0], "L": dt.shape[1]}
+    _coefficient_sizes(dt, A, B, C, sizes)
+    if D is not None:
+        _checks.shape("ssd_matrix", "D", D, ("H",), sizes)
+    dtype = _checks.compute_dtype(B)
+    dt_, log_a, (b, c), _ = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg, B, C)
+    document = None if seg is None else seg.document[:, None]
+    decay = reference.decay_matrix(log_a.transpose(1, 2), document)  # (B, H, L, L)
+    b, c = (reference.heads(t, sizes["H"]).transpose(1, 2) for t in (b, c))
+    matrix = (c @ b.transpose(-1, -2)) * decay * dt_.transpose(1, 2)[:, :, None]
+    if D is not None:
+        keep = torch.ones_like(dt_) if seg is None else seg.mask(torch.ones_like(dt_))
+        matrix = matrix + torch.diag_embed((D.to(dtype) * keep).transpose(1, 2))
+    return matrix
+
+
+def ssd_summary(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    chunk_size: int | None = None,
+    *,
+    dt_limit: Limits | None = None,
+    seg: Segments | None = None,
+) -> Summary:
+    """The stretch as one element: transition (B, H, 1, 1) and state (B, H, P, N) from zero."""
+    _, state = ssd(x, dt, A, B, C, None, None, dt_bias, dt_softplus, chunk_size, dt_limit=dt_limit, seg=seg)
+    dtype = _checks.compute_dtype(x)
+    _, log_a, _, resets = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg)
+    transition = log_a.sum(1).exp()
+    if resets is not None:
+        transition = transition.masked_fill(resets.any(1)[:, None], 0.0)
+    return Summary(transition[..., None, None], state)
+
+
+def ssd_carry(
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    chunk_size: int | None = None,
+    *,
+    dt_limit: Limits | None = None,
+    state: Tensor,
+    seg: Segments | None = None,
+) -> Tensor:
+    """What an incoming `state` adds to y (B, L, H, P) of a run from zero (gated by z if given)."""
+    dtype = _checks.compute_dtype(C)
+    _, log_a, (c,), resets = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg, C)
+    decay = log_a.cumsum(1).exp()
+    if resets is not None:
+        decay = decay.masked_fill((resets.long().cumsum(1) != 0)[..., None], 0.0)
+    state = state if seg is None else seg.forget(state)
+    y = torch.einsum("blhn,bhpn->blhp", reference.heads(c, A.shape[0]), state.to(dtype)) * decay[..., None]
+    return _tail(y if seg is None else seg.mask(y), y, None, z, seg)
+
+
+SPEC = register(
+    OpSpec(
+        name="ssd",
+        run=ssd,
+        reference=partial(ssd, algorithm="recurrent"),
+        step=lambda chunk_size=None, **inputs: ssd_step(**inputs),
+        matrix=lambda chunk_size=None, **inputs: ssd_matrix(**inputs),
+        apply=lambda matrix, x: torch.einsum("bhts,bshp->bthp", matrix, x.to(matrix.dtype)),
+        summary=ssd_summary,
+        carry=ssd_carry,
+        value="x",
+        timed=("x", "dt", "B", "C", "z"),
+        tail=("z",),
+        reasons=reasons,
+        cases="statewise.ops.ssd.cases",
+        chunk=CHUNK,
+    )
+)

@@ -1,0 +1,62 @@
+"""Runs a recipe from the first step (or the last checkpoint) to the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from safetensors import SafetensorError
+
+from .._version import __version__
+from ..inference import load_run
+from ..training.checkpoint_io import is_no_space
+from ..training.directory import RunDirectory
+from ..training.fit import Outcome, TrainingError, fit, is_first_process
+from .recipe import Recipe
+
+
+def write_model_config(model: Any, run: RunDirectory) -> None:
+    """config.json before there are weights, so that checkpoints of an unfinished run can be loaded."""
+    content = {"architecture": model.architecture, "statewise_version": __version__, **model.config}
+    (run.path / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def execute(
+    recipe: Recipe,
+    run: RunDirectory,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Train, then write model, results, curve and card into `run`; each is written when training is finished.
+
+    Raises:
+        ValueError, TrainingError: see `statewise.training.fit.fit`.
+    """
+    console = console or Console(quiet=True)
+    first = is_first_process()
+    if first and not resume:
+        header = f"Made by statewise {__version__}. To start such a run again: statewise run --config {run.config}"
+        try:
+            run.write_config(recipe.name, recipe.config(), header)
+            write_model_config(recipe.model, run)
+        except OSError as error:
+            raise TrainingError(f"cannot write into {run}: {error.strerror or error}") from error
+    outcome = fit(recipe.task, recipe.data, recipe.training, run, resume=resume, console=console)
+    if outcome.finished and outcome.first_process:
+        if recipe.training.strategy == "fsdp2":
+            # The weights in memory are shards; the last checkpoint is whole.
+            recipe = replace(recipe, model=load_run(run.checkpoint(outcome.step)))
+        recipe.model.eval()
+        try:
+            recipe.finish(recipe, run, console)
+        except (OSError, SafetensorError) as error:
+            if not is_no_space(error):
+                raise
+            raise TrainingError(
+                f"cannot write the report into {run}: no space left; all steps are done and saved: "
+                f"free some space, then statewise run --resume {run}"
+            ) from error
+    return outcome

@@ -1,0 +1,43 @@
+"""What a recipe is. Light: the command line imports this to print its help.
+
+(jsonargparse executes the `if TYPE_CHECKING` blocks of a module whose signatures it reads, so recipe modules have none;
+this one may, because no options are read from it.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..training.options import Training
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..data.steps import StepData
+    from ..tasks import Task
+    from ..training.directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a run needs.
+
+    Args:
+        name: as in `statewise run <name>`.
+        options: the recipe function's own arguments (JSON values), for config.yaml.
+        finish: makes the report of a finished run: `finish(recipe, run, console)`.
+    """
+
+    name: str
+    model: Any  # a Causal nn.Module with `config` and `save_pretrained`
+    data: StepData
+    task: Task
+    training: Training
+    options: Mapping[str, Any]
+    finish: Callable[[Recipe, RunDirectory, Console], None]
+
+    def config(self) -> dict[str, Any]:
+        """Every option of the run, flat, as the command line and config.yaml have them."""
+        return {**self.options, **asdict(self.training)}

@@ -1,0 +1,61 @@
+"""Every law of every mixer and block, by type, for a few sets of options each."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from statewise import mixers
+from statewise.blocks import GatedMLP, ResidualBlock
+from statewise.testing import module_laws
+
+D = 8
+
+# Each registered mixer has at least one entry (a test below sees to it).
+OPTIONS: dict[str, list[dict]] = {
+    "attention": [{"n_heads": 2}, {"n_heads": 4, "n_kv_heads": 2, "window": 4}, {"rope": False, "bias": True}],
+    "mamba": [{"d_state": 4}, {"d_state": 3, "d_conv": 1, "expand": 1, "bias": True, "conv_bias": False}],
+    "mamba2": [
+        {"d_state": 4, "head_dim": 4},
+        {"d_state": 3, "head_dim": 4, "n_groups": 2, "chunk_size": 5, "dt_limit": (0.001, 0.1)},
+    ],
+    "s4d": [{"d_state": 4}, {"d_state": 4, "init": "lin", "discretization": "bilinear", "n_ssm": 2, "train_b": True}],
+    "s5": [{"d_state": 4}, {"d_state": 8, "blocks": 2, "discretization": "bilinear", "activation": "full_glu"}],
+    "bidirectional_s5": [{"d_state": 4}, {"d_state": 4, "activation": "gelu", "c_init": "complex_normal"}],
+    "bidirectional": [
+        {"mixer": "mamba2", "options": {"d_state": 4, "head_dim": 4}},
+        {"mixer": {"name": "s4d", "d_state": 4}, "merge": "concat"},
+        {"mixer": "attention", "options": {"n_heads": 2}, "tied": True},
+    ],
+}
+
+
+def mamba2(**options):
+    return mixers.create("mamba2", D, d_state=4, head_dim=4, **options)
+
+
+BLOCKS = {
+    "residual": lambda: ResidualBlock(D, mamba2()),
+    "residual, with an MLP": lambda: ResidualBlock(D, mixers.create("attention", D, n_heads=2), GatedMLP(D, 16)),
+}
+
+
+def _all():
+    for name, sets in OPTIONS.items():
+        for options in sets:
+            build = partial(mixers.create, name, D, **options)
+            for law in module_laws(build, d_model=D):
+                yield pytest.param(law, id=f"{name}-{options}-{law.name}")
+    for name, build in BLOCKS.items():
+        for law in module_laws(build, d_model=D):
+            yield pytest.param(law, id=f"{name}-{law.name}")
+
+
+@pytest.mark.parametrize("law", list(_all()))
+def test_law(law):
+    law.check()
+
+
+def test_every_mixer_is_here():
+    assert sorted(OPTIONS) == mixers.names()

@@ -1,0 +1,34 @@
+"""Every law of models over tokens: stacks of each causal mixer, and hybrids."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from statewise.models.language import LanguageModel
+from statewise.testing import module_laws
+
+VOCAB = 11
+MAMBA = {"name": "mamba", "d_state": 4}
+MAMBA2 = {"name": "mamba2", "d_state": 4, "head_dim": 4}
+ATTENTION = {"name": "attention", "n_heads": 2, "window": 5}
+
+MODELS = {
+    "mamba": partial(LanguageModel, VOCAB, 8, 2, mixer=MAMBA),
+    "mamba2": partial(LanguageModel, VOCAB, 8, 2, mixer=MAMBA2, pad_vocab_to=8),
+    "s4d": partial(LanguageModel, VOCAB, 8, 1, mixer={"name": "s4d", "d_state": 4}),
+    "s5": partial(LanguageModel, VOCAB, 8, 1, mixer={"name": "s5", "d_state": 4}, tie_embeddings=False),
+    "hybrid": partial(LanguageModel, VOCAB, 8, 3, mixer=[MAMBA2, MAMBA, ATTENTION], d_intermediate=12),
+}
+
+
+def _all():
+    for name, build in MODELS.items():
+        for law in module_laws(build, vocab=VOCAB):
+            yield pytest.param(law, id=f"{name}-{law.name}")
+
+
+@pytest.mark.parametrize("law", list(_all()))
+def test_law(law):
+    law.check()
