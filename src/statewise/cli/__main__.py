@@ -1,5 +1,3 @@
-import sys
+from statewise.cli import entry
 
-from statewise.cli import main
-
-sys.exit(main())
+entry()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from .._names import unknown
 from .._version import __version__
@@ -66,3 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, say) has seen enough. Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def entry() -> NoReturn:
+    """The program: `main`, then leave the process."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # PyTorch's communication threads may still let go of Python objects. One that does so while the interpreter
+        # takes itself apart is ended inside C++ code that may not be left, and the whole finished process aborts.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

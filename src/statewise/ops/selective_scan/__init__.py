@@ -67,8 +67,6 @@ def _per_channel(t: Tensor, channels: int) -> Tensor:
 def _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None, **values: Tensor):
     """Step size and values in the compute dtype with padding made neutral, and the reset mask."""
     if seg is not None:
-        dt = seg.mask(dt)  # before softplus too: its derivative at whatever stands in the padding may be NaN
-    if seg is not None:
         dt = seg.mask(dt)  # before softplus: what stands in padding must not reach a gradient
     dt = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
     lowered = {k: v.to(_checks.complex_dtype(dtype) if v.is_complex() else dtype) for k, v in values.items()}

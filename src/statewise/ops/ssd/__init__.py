@@ -53,8 +53,6 @@ def _coefficient_sizes(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sizes: dict[
 def _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None, *values: Tensor):
     """Step size, log decay and values with padding made neutral, and the reset mask."""
     if seg is not None:
-        dt = seg.mask(dt)  # before softplus too: its derivative at whatever stands in the padding may be NaN
-    if seg is not None:
         dt = seg.mask(dt)  # before softplus: what stands in padding must not reach a gradient
     dt = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
     values = tuple(v.to(dtype) for v in values)
