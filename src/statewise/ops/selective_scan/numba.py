@@ -1,9 +1,9 @@
 """CPU kernels of the selective scan: forward, backward and one step.
 
-Layout: a task is one batch row and one block of W channels. Inside it time runs in tiles of T positions: the step
-sizes of a tile are prepared first, then the recurrence runs with channels in the inner loop (W independent lanes, so
-LLVM vectorises it, exponential included), then the gate is applied. The forward pass keeps the state at each tile's
-start; the backward pass recomputes a tile's states from there into a scratch buffer that fits the L2 cache. Nothing
+Layout: a task is one batch row and one block of W channels, sixteen channels to a vector (`_simd`). Time runs in tiles
+of T positions. For a tile the step sizes are prepared first; then four states at a time run through the tile in
+registers; then the gate is applied. The forward pass keeps the state at each tile's start; the backward pass
+recomputes a tile's states from there, four at a time, into scratch memory that stays in the first-level cache. Nothing
 of size L x D x N is ever stored.
 """
 
@@ -14,10 +14,27 @@ import torch
 from torch import Tensor
 
 from .. import _numba as common
-from .._numba import LOG2E, exp2
+from .._simd import (
+    LANES,
+    LOG2E,
+    clamp,
+    exp2,
+    fill,
+    if_inside,
+    inlined,
+    lanes,
+    load,
+    prefetch,
+    put,
+    sigmoid,
+    softplus,
+    store,
+    total,
+    zeros,
+)
 
-W = 128  # channels of a block: 8 AVX-512 or 16 AVX2 vectors; 64 was a fifth slower, 256 no faster
-T = 32  # positions of a tile: two scratch buffers of T * N * W floats are 512 KB at N = 16
+W = 128  # channels of a block
+T = 32  # positions of a tile
 
 _F = np.float32
 _EMPTY = np.zeros((0, 0, 0), np.float32)
@@ -26,59 +43,106 @@ _EMPTY1 = np.zeros(0, np.float32)
 _NO_MARKS = np.zeros((0, 0), np.uint8)
 
 
-@common.kernel
-def _softplus(u):
-    """log(1 + e^u): max(u, 0) + log1p(e^-|u|), the logarithm as an odd series in t / (2 + t) <= 1/3."""
-    t = exp2(-abs(u) * LOG2E)
-    s = t / (_F(2) + t)
-    q = s * s
-    p = _F(2 / 15)
-    p = p * q + _F(2 / 13)
-    p = p * q + _F(2 / 11)
-    p = p * q + _F(2 / 9)
-    p = p * q + _F(2 / 7)
-    p = p * q + _F(2 / 5)
-    p = p * q + _F(2 / 3)
-    p = p * q + _F(2)
-    return max(u, _F(0)) + s * p
-
-
-@common.kernel
-def _sigmoid(u):
-    return _F(1) / (_F(1) + exp2(-u * LOG2E))
-
-
-@common.kernel
-def _steps(dt, bias, softplus, low, high, b, t0, c0, steps, w, tile, slope, want_slope):
-    """tile[i, j] = step size, slope[i, j] = its derivative by the raw dt (only if wanted)."""
+@inlined
+def _coefficients(marks, b, t0, steps, g, B, into):
+    """B[b, t0 : t0 + steps, g] into (T, N), zeros at invalid positions: what stands there may be NaN."""
     for i in range(steps):
-        for j in range(w):
-            u = dt[b, t0 + i, c0 + j]
+        if marks.size and marks[b, t0 + i] == 2:
+            for n in range(B.shape[3]):
+                into[i, n] = _F(0)
+        else:
+            for n in range(B.shape[3]):
+                into[i, n] = B[b, t0 + i, g, n]
+
+
+@inlined
+def _runs(marks, b, t0, steps, ends):
+    """ends[0] < ends[1] < ... <= steps cut the tile before each reset; returns how many there are."""
+    count = 0
+    if marks.size:
+        for i in range(1, steps):
+            if marks[b, t0 + i] == 1:
+                ends[count] = i
+                count += 1
+    ends[count] = steps
+    return count + 1
+
+
+@common.kernel
+def _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, want_slope):
+    """step[i, j] = step size, 0 at invalid positions; slope[i, j] = its derivative by the raw dt (only if wanted)."""
+    L, channels = dt.shape[1:]
+    limited = low > -np.inf or high < np.inf
+    for i in range(steps):
+        if marks.size and marks[b, t0 + i] == 2:
+            step[i] = _F(0)
+            if want_slope:
+                slope[i] = _F(0)
+            continue
+        row = (b * L + t0 + i) * channels + c0
+        for j in range(0, w, LANES):
+            u = lanes(dt, row + j, w - j)
             if bias.size:
-                u = u + bias[c0 + j]
-            tile[i, j] = u
-    if softplus:
-        if want_slope:
-            for i in range(steps):
-                for j in range(W):
-                    slope[i, j] = _sigmoid(tile[i, j])
-        for i in range(steps):
-            for j in range(W):
-                tile[i, j] = _softplus(tile[i, j])
-    elif want_slope:
-        slope[:steps] = _F(1)
-    if low > -np.inf or high < np.inf:
-        for i in range(steps):
-            for j in range(W):
-                v = tile[i, j]
-                if want_slope and (v < low or v > high):
-                    slope[i, j] = _F(0)
-                tile[i, j] = min(max(v, low), high)
+                u = u + lanes(bias, c0 + j, w - j)
+            d = fill(_F(1))
+            if softplus_:
+                if want_slope:
+                    d = sigmoid(u)
+                u = softplus(u)
+            if limited:
+                if want_slope:
+                    d = if_inside(u, low, high, d, zeros())
+                u = clamp(u, low, high)
+            store(step, i * W + j, u)
+            if want_slope:
+                store(slope, i * W + j, d)
+
+
+@inlined
+def _four_states(h, a, at, step, u, out, j, bs, cs, n, N, ends, count, fresh, soon, at_soon, row):
+    """States n ... n + 3 of sixteen channels through one tile; out += their part of the output."""
+    h0, h1, h2, h3 = load(h, at), load(h, at + W), load(h, at + 2 * W), load(h, at + 3 * W)
+    a0, a1, a2, a3 = load(a, at), load(a, at + W), load(a, at + 2 * W), load(a, at + 3 * W)
+    first = 0
+    for run in range(count):
+        if run > 0 or fresh:
+            h0, h1, h2, h3 = zeros(), zeros(), zeros(), zeros()
+        for i in range(first, ends[run]):
+            s = load(step, i * W + j)
+            v = load(u, i * W + j)
+            k = i * N + n
+            prefetch(soon, at_soon + i * row)
+            h0 = exp2(s * a0) * h0 + v * bs[k]
+            h1 = exp2(s * a1) * h1 + v * bs[k + 1]
+            h2 = exp2(s * a2) * h2 + v * bs[k + 2]
+            h3 = exp2(s * a3) * h3 + v * bs[k + 3]
+            y = load(out, i * W + j)
+            y = y + h0 * cs[k] + h1 * cs[k + 1] + h2 * cs[k + 2] + h3 * cs[k + 3]
+            store(out, i * W + j, y)
+        first = ends[run]
+    store(h, at, h0)
+    store(h, at + W, h1)
+    store(h, at + 2 * W, h2)
+    store(h, at + 3 * W, h3)
+
+
+@inlined
+def _one_state(h, a, at, step, u, out, j, bs, cs, n, N, ends, count, fresh):
+    h0, a0 = load(h, at), load(a, at)
+    first = 0
+    for run in range(count):
+        if run > 0 or fresh:
+            h0 = zeros()
+        for i in range(first, ends[run]):
+            h0 = exp2(load(step, i * W + j) * a0) * h0 + load(u, i * W + j) * bs[i * N + n]
+            store(out, i * W + j, load(out, i * W + j) + h0 * cs[i * N + n])
+        first = ends[run]
+    store(h, at, h0)
 
 
 @common.kernel
 def _forward(
-    start, stop, worker, x, dt, A, B, C, D, z, bias, state, marks, softplus, low, high, keep, y, last, boundaries
+    start, stop, worker, x, dt, A, B, C, D, z, bias, state, marks, softplus_, low, high, keep, y, last, boundaries
 ):
     _, L, channels = x.shape
     N = A.shape[1]
@@ -91,6 +155,10 @@ def _forward(
     slope = np.zeros((1, 1), np.float32)
     u = np.zeros((T, W), np.float32)
     out = np.zeros((T, W), np.float32)
+    bs = np.zeros((T, N), np.float32)
+    cs = np.zeros((T, N), np.float32)
+    b_flat, c_flat = bs.reshape(-1), cs.reshape(-1)
+    ends = np.zeros(T, np.int64)
     task = start
     while task < stop:
         # All our blocks of one row advance together, tile by tile: memory is read in long runs of whole rows.
@@ -101,64 +169,59 @@ def _forward(
         for block in range(first, last_block):
             g = block // blocks
             c0 = g * per_group + (block % blocks) * W
-            w = min(W, (g + 1) * per_group - c0)
-            A2s[block] = _F(0)
-            hs[block] = _F(0)
-            for j in range(w):
+            for j in range(min(W, (g + 1) * per_group - c0)):
                 for n in range(N):
                     A2s[block, n, j] = A[c0 + j, n] * LOG2E
-                    if state.size:
-                        hs[block, n, j] = state[b, c0 + j, n]
+                    hs[block, n, j] = state[b, c0 + j, n] if state.size else _F(0)
         for t0 in range(0, L, T):
             steps = min(T, L - t0)
+            count = _runs(marks, b, t0, steps, ends)
+            fresh = marks.size and marks[b, t0] == 1
             for block in range(first, last_block):
                 g = block // blocks
                 c0 = g * per_group + (block % blocks) * W
                 w = min(W, (g + 1) * per_group - c0)
+                if block == first or block % blocks == 0:
+                    _coefficients(marks, b, t0, steps, g, B, bs)
+                    _coefficients(marks, b, t0, steps, g, C, cs)
                 A2 = A2s[block]
                 h = hs[block]
                 if keep:
                     boundaries[b, block, t0 // T] = h
-                if w < W:
-                    step[:] = _F(0)
-                    u[:] = _F(0)
-                _steps(dt, bias, softplus, low, high, b, t0, c0, steps, w, step, slope, False)
+                _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, False)
                 for i in range(steps):
-                    for j in range(w):
-                        u[i, j] = step[i, j] * x[b, t0 + i, c0 + j]
+                    row = (b * L + t0 + i) * channels + c0
+                    invalid = marks.size and marks[b, t0 + i] == 2
+                    for j in range(0, w, LANES):
+                        if invalid:
+                            store(u, i * W + j, zeros())
+                            store(out, i * W + j, zeros())
+                        else:
+                            v = lanes(x, row + j, w - j)
+                            store(u, i * W + j, load(step, i * W + j) * v)
+                            store(out, i * W + j, lanes(D, c0 + j, w - j) * v if D.size else zeros())
+                for j in range(0, w, LANES):
+                    here = (b * L + t0) * channels + c0 + j
+                    for n in range(0, N - 3, 4):
+                        soon = x if n == 0 else dt if n == 4 else z if n == 8 else y
+                        at_soon = here + T * channels if n < 12 else here
+                        _four_states(
+                            h, A2, n * W + j, step, u, out, j, b_flat, c_flat, n, N, ends, count, fresh,
+                            soon, at_soon, channels,
+                        )  # fmt: skip
+                    for n in range(N - N % 4, N):
+                        _one_state(h, A2, n * W + j, step, u, out, j, b_flat, c_flat, n, N, ends, count, fresh)
                 for i in range(steps):
-                    mark = marks[b, t0 + i] if marks.size else 0
-                    acc = out[i]
-                    acc[:] = _F(0)
-                    if mark == 2:
-                        continue
-                    if mark == 1:
-                        h[:] = _F(0)
-                    step_i = step[i]
-                    u_i = u[i]
-                    for n in range(N):
-                        b_n = B[b, t0 + i, g, n]
-                        c_n = C[b, t0 + i, g, n]
-                        h_n = h[n]
-                        a_n = A2[n]
-                        for j in range(W):
-                            v = exp2(step_i[j] * a_n[j]) * h_n[j] + u_i[j] * b_n
-                            h_n[j] = v
-                            acc[j] += v * c_n
-                for i in range(steps):
-                    if marks.size and marks[b, t0 + i] == 2:
-                        for j in range(w):
-                            y[b, t0 + i, c0 + j] = _F(0)
-                        continue
-                    if D.size:
-                        for j in range(w):
-                            out[i, j] += D[c0 + j] * x[b, t0 + i, c0 + j]
-                    if z.size:
-                        for j in range(w):
-                            gate = z[b, t0 + i, c0 + j]
-                            out[i, j] *= gate * _sigmoid(gate)
-                    for j in range(w):
-                        y[b, t0 + i, c0 + j] = out[i, j]
+                    row = (b * L + t0 + i) * channels + c0
+                    invalid = marks.size and marks[b, t0 + i] == 2
+                    for j in range(0, w, LANES):
+                        o = load(out, i * W + j)
+                        if invalid:
+                            o = zeros()
+                        elif z.size:
+                            gate = lanes(z, row + j, w - j)
+                            o = o * gate * sigmoid(gate)
+                        put(y, row + j, w - j, o)
         for block in range(first, last_block):
             g = block // blocks
             c0 = g * per_group + (block % blocks) * W
@@ -167,70 +230,131 @@ def _forward(
                     last[b, c0 + j, n] = hs[block, n, j]
 
 
-# The adjoint of one state index at one position, in four loops. LLVM vectorises a loop only if it needs few run-time
-# checks that arrays do not overlap; one loop over all twelve arrays would stay scalar (measured: 3 times slower).
+@inlined
+def _four_adjoints(
+    from_start, g, A1, A2, dA, at, step, u, grad, pre, s, q, j, bs, cs, n, N, marks, steps, ends, count, fresh,
+    h, a, acc_b, acc_c,
+):  # fmt: skip
+    """States n ... n + 3 of sixteen channels: forward through the tile once more, then their adjoint, backwards.
 
-
-@common.reducing_kernel
-def _into_state(g, dy, c_n, h, a, total):
-    """total = g + dy c_n; g = total * a for the position before. Returns the term of dC."""
-    dc = _F(0)
-    for j in range(W):
-        dc += dy[j] * h[j]
-    for j in range(W):
-        v = g[j] + dy[j] * c_n
-        total[j] = v
-        g[j] = v * a[j]
-    return dc
-
-
-@common.reducing_kernel
-def _into_input(total, u, b_n, s):
-    """s += total b_n. Returns the term of dB."""
-    db = _F(0)
-    for j in range(W):
-        v = total[j]
-        db += v * u[j]
-        s[j] += v * b_n
-    return db
-
-
-@common.kernel
-def _into_decay(g, before, A, step, q, dA):
-    """The gradient of dt A is through = g before: q += through A, dA += through step."""
-    for j in range(W):
-        q[j] += g[j] * before[j] * A[j]
-    for j in range(W):
-        dA[j] += g[j] * before[j] * step[j]
+    h[i] is the state before position i, a[i] the decay at i; acc_b and acc_c gather the gradients of B and C, each lane
+    its own sum.
+    """
+    a0, a1, a2, a3 = load(A2, at), load(A2, at + W), load(A2, at + 2 * W), load(A2, at + 3 * W)
+    h0, h1, h2, h3 = (
+        load(from_start, at), load(from_start, at + W), load(from_start, at + 2 * W), load(from_start, at + 3 * W),
+    )  # fmt: skip
+    first = 0
+    for run in range(count):
+        reset = run > 0 or fresh
+        store(h, first * 64, h0)
+        store(h, first * 64 + 16, h1)
+        store(h, first * 64 + 32, h2)
+        store(h, first * 64 + 48, h3)
+        if reset:
+            h0, h1, h2, h3 = zeros(), zeros(), zeros(), zeros()
+        for i in range(first, ends[run]):
+            d = load(step, i * W + j)
+            v = load(u, i * W + j)
+            k = i * N + n
+            m = i * 64
+            e0, e1, e2, e3 = exp2(d * a0), exp2(d * a1), exp2(d * a2), exp2(d * a3)
+            store(a, m, e0)
+            store(a, m + 16, e1)
+            store(a, m + 32, e2)
+            store(a, m + 48, e3)
+            h0 = e0 * h0 + v * bs[k]
+            h1 = e1 * h1 + v * bs[k + 1]
+            h2 = e2 * h2 + v * bs[k + 2]
+            h3 = e3 * h3 + v * bs[k + 3]
+            store(h, m + 64, h0)
+            store(h, m + 80, h1)
+            store(h, m + 96, h2)
+            store(h, m + 112, h3)
+            y = load(pre, i * W + j)
+            store(pre, i * W + j, y + h0 * cs[k] + h1 * cs[k + 1] + h2 * cs[k + 2] + h3 * cs[k + 3])
+        if reset:  # nothing flows back across the reset
+            for m in range(first * 64, first * 64 + 64, 16):
+                store(a, m, zeros())
+        first = ends[run]
+    a0, a1, a2, a3 = load(A1, at), load(A1, at + W), load(A1, at + 2 * W), load(A1, at + 3 * W)
+    g0, g1, g2, g3 = load(g, at), load(g, at + W), load(g, at + 2 * W), load(g, at + 3 * W)
+    d0, d1, d2, d3 = load(dA, at), load(dA, at + W), load(dA, at + 2 * W), load(dA, at + 3 * W)
+    for i in range(steps - 1, -1, -1):
+        dy = load(grad, i * W + j)
+        v = load(u, i * W + j)
+        d = load(step, i * W + j)
+        k = i * N + n
+        m = i * 64
+        g0 = g0 + dy * cs[k]
+        g1 = g1 + dy * cs[k + 1]
+        g2 = g2 + dy * cs[k + 2]
+        g3 = g3 + dy * cs[k + 3]
+        store(acc_c, m, load(acc_c, m) + dy * load(h, m + 64))
+        store(acc_c, m + 16, load(acc_c, m + 16) + dy * load(h, m + 80))
+        store(acc_c, m + 32, load(acc_c, m + 32) + dy * load(h, m + 96))
+        store(acc_c, m + 48, load(acc_c, m + 48) + dy * load(h, m + 112))
+        store(acc_b, m, load(acc_b, m) + v * g0)
+        store(acc_b, m + 16, load(acc_b, m + 16) + v * g1)
+        store(acc_b, m + 32, load(acc_b, m + 32) + v * g2)
+        store(acc_b, m + 48, load(acc_b, m + 48) + v * g3)
+        t = load(s, i * W + j)
+        store(s, i * W + j, t + g0 * bs[k] + g1 * bs[k + 1] + g2 * bs[k + 2] + g3 * bs[k + 3])
+        g0 = g0 * load(a, m)
+        g1 = g1 * load(a, m + 16)
+        g2 = g2 * load(a, m + 32)
+        g3 = g3 * load(a, m + 48)
+        t0, t1, t2, t3 = g0 * load(h, m), g1 * load(h, m + 16), g2 * load(h, m + 32), g3 * load(h, m + 48)
+        t = load(q, i * W + j)
+        store(q, i * W + j, t + t0 * a0 + t1 * a1 + t2 * a2 + t3 * a3)
+        d0 = d0 + t0 * d
+        d1 = d1 + t1 * d
+        d2 = d2 + t2 * d
+        d3 = d3 + t3 * d
+    store(g, at, g0)
+    store(g, at + W, g1)
+    store(g, at + 2 * W, g2)
+    store(g, at + 3 * W, g3)
+    store(dA, at, d0)
+    store(dA, at + W, d1)
+    store(dA, at + 2 * W, d2)
+    store(dA, at + 3 * W, d3)
 
 
 @common.kernel
 def _backward(
-    start, stop, worker, dy, dlast, x, dt, A, B, C, D, z, bias, marks, softplus, low, high, boundaries,
+    start, stop, worker, dy, dlast, x, dt, A, B, C, D, z, bias, marks, softplus_, low, high, boundaries,
     dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
 ):  # fmt: skip
     _, L, channels = x.shape
     N = A.shape[1]
+    N4 = (N + 3) // 4 * 4  # the states are taken four at a time; those past the last are zero and stay zero
     groups = B.shape[2]
     per_group = channels // groups
     blocks = (per_group + W - 1) // W
-    A1 = np.zeros((N, W), np.float32)
-    A2 = np.zeros((N, W), np.float32)
-    h = np.zeros((T + 1, N, W), np.float32)  # h[i] is the state before position i of the tile
-    a = np.zeros((T, N, W), np.float32)
-    g = np.zeros((N, W), np.float32)
-    dA_block = np.zeros((N, W), np.float32)
+    A1 = np.zeros((N4, W), np.float32)
+    A2 = np.zeros((N4, W), np.float32)
+    g = np.zeros((N4, W), np.float32)
+    dA_block = np.zeros((N4, W), np.float32)
+    from_start = np.zeros((N4, W), np.float32)
     step = np.zeros((T, W), np.float32)
     slope = np.zeros((T, W), np.float32)
     xs = np.zeros((T, W), np.float32)
     u = np.zeros((T, W), np.float32)
     grad = np.zeros((T, W), np.float32)
     pre = np.zeros((T, W), np.float32)
-    s = np.zeros(W, np.float32)
-    q = np.zeros(W, np.float32)
-    total = np.zeros(W, np.float32)
+    s = np.zeros((T, W), np.float32)
+    q = np.zeros((T, W), np.float32)
     dD_block = np.zeros(W, np.float32)
     dbias_block = np.zeros(W, np.float32)
+    bs = np.zeros((T, N4), np.float32)
+    cs = np.zeros((T, N4), np.float32)
+    b_flat, c_flat = bs.reshape(-1), cs.reshape(-1)
+    h = np.zeros((T + 1) * 64, np.float32)
+    a = np.zeros(T * 64, np.float32)
+    acc_b = np.zeros(T * 64, np.float32)
+    acc_c = np.zeros(T * 64, np.float32)
+    ends = np.zeros(T, np.int64)
     for task in range(start, stop):
         b = task // (groups * blocks)
         group = (task // blocks) % groups
@@ -239,9 +363,6 @@ def _backward(
         w = min(W, (group + 1) * per_group - c0)
         A1[:] = _F(0)
         g[:] = _F(0)
-        step[:] = _F(0)
-        xs[:] = _F(0)
-        grad[:] = _F(0)
         dA_block[:] = _F(0)
         dD_block[:] = _F(0)
         dbias_block[:] = _F(0)
@@ -253,83 +374,75 @@ def _backward(
         for tile in range((L + T - 1) // T - 1, -1, -1):
             t0 = tile * T
             steps = min(T, L - t0)
-            _steps(dt, bias, softplus, low, high, b, t0, c0, steps, w, step, slope, True)
+            count = _runs(marks, b, t0, steps, ends)
+            fresh = marks.size and marks[b, t0] == 1
+            _coefficients(marks, b, t0, steps, group, B, bs)
+            _coefficients(marks, b, t0, steps, group, C, cs)
+            from_start[:N] = boundaries[b, block, tile]
+            _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, True)
             for i in range(steps):
-                for j in range(w):
-                    xs[i, j] = x[b, t0 + i, c0 + j]
-                    grad[i, j] = dy[b, t0 + i, c0 + j]
-                for j in range(W):
-                    u[i, j] = step[i, j] * xs[i, j]
-            # Recompute the states of the tile.
-            h[0] = boundaries[b, block, tile]
-            for i in range(steps):
-                mark = marks[b, t0 + i] if marks.size else 0
-                acc = pre[i]
-                acc[:] = _F(0)
-                if mark == 2:
-                    h[i + 1] = h[i]
-                    continue
-                for n in range(N):
-                    b_n = B[b, t0 + i, group, n]
-                    c_n = C[b, t0 + i, group, n]
-                    old = h[i, n]
-                    new = h[i + 1, n]
-                    a_n = a[i, n]
-                    A_n = A2[n]
-                    if mark == 1:
-                        for j in range(W):
-                            a_n[j] = _F(0)
-                            new[j] = u[i, j] * b_n
-                            acc[j] += new[j] * c_n
+                row = (b * L + t0 + i) * channels + c0
+                invalid = marks.size and marks[b, t0 + i] == 2
+                for j in range(0, w, LANES):
+                    m = i * W + j
+                    store(pre, m, zeros())
+                    store(s, m, zeros())
+                    store(q, m, zeros())
+                    if invalid:
+                        store(xs, m, zeros())
+                        store(u, m, zeros())
+                        store(grad, m, zeros())
                     else:
-                        for j in range(W):
-                            decay = exp2(step[i, j] * A_n[j])
-                            v = decay * old[j] + u[i, j] * b_n
-                            a_n[j] = decay
-                            new[j] = v
-                            acc[j] += v * c_n
-            # Through the gate: from the gradient of y to that of the ungated output.
+                        v = lanes(x, row + j, w - j)
+                        d = lanes(dy, row + j, w - j)
+                        if z.size:
+                            gate = lanes(z, row + j, w - j)
+                            d = d * gate * sigmoid(gate)
+                        store(xs, m, v)
+                        store(u, m, load(step, m) * v)
+                        store(grad, m, d)
+            for n in range(0, N, 4):
+                acc_b[: steps * 64] = _F(0)
+                acc_c[: steps * 64] = _F(0)
+                for j in range(0, w, LANES):
+                    _four_adjoints(
+                        from_start, g, A1, A2, dA_block, n * W + j, step, u, grad, pre, s, q, j, b_flat, c_flat, n, N4,
+                        marks, steps, ends, count, fresh, h, a, acc_b, acc_c,
+                    )  # fmt: skip
+                for i in range(steps):
+                    for k in range(min(4, N - n)):
+                        dB[worker, b, t0 + i, group, n + k] += total(load(acc_b, i * 64 + k * 16))
+                        dC[worker, b, t0 + i, group, n + k] += total(load(acc_c, i * 64 + k * 16))
             for i in range(steps):
-                if marks.size and marks[b, t0 + i] == 2:
-                    grad[i] = _F(0)
-                    if z.size:
-                        for j in range(w):
-                            dz[b, t0 + i, c0 + j] = _F(0)
-                    continue
-                if z.size:
-                    for j in range(w):
-                        gate = z[b, t0 + i, c0 + j]
-                        open_ = _sigmoid(gate)
-                        out = pre[i, j]
-                        if D.size:
-                            out += D[c0 + j] * xs[i, j]
-                        dz[b, t0 + i, c0 + j] = grad[i, j] * out * open_ * (_F(1) + gate * (_F(1) - open_))
-                        grad[i, j] *= gate * open_
-                if D.size:
-                    for j in range(w):
-                        dD_block[j] += grad[i, j] * xs[i, j]
-            # The adjoint recurrence, backwards in time.
-            for i in range(steps - 1, -1, -1):
-                if marks.size and marks[b, t0 + i] == 2:
-                    for j in range(w):
-                        dx[b, t0 + i, c0 + j] = _F(0)
-                        ddt[b, t0 + i, c0 + j] = _F(0)
-                    continue
-                s[:] = _F(0)
-                q[:] = _F(0)
-                for n in range(N):
-                    c_n = C[b, t0 + i, group, n]
-                    dC[worker, b, t0 + i, group, n] += _into_state(g[n], grad[i], c_n, h[i + 1, n], a[i, n], total)
-                    dB[worker, b, t0 + i, group, n] += _into_input(total, u[i], B[b, t0 + i, group, n], s)
-                    _into_decay(g[n], h[i, n], A1[n], step[i], q, dA_block[n])
-                for j in range(w):
-                    d = s[j] * step[i, j]
+                row = (b * L + t0 + i) * channels + c0
+                invalid = marks.size and marks[b, t0 + i] == 2
+                for j in range(0, w, LANES):
+                    m = i * W + j
+                    count_ = w - j
+                    if invalid:
+                        put(dx, row + j, count_, zeros())
+                        put(ddt, row + j, count_, zeros())
+                        if z.size:
+                            put(dz, row + j, count_, zeros())
+                        continue
+                    v, d = load(xs, m), load(grad, m)
+                    through = load(s, m)
+                    out = through * load(step, m)
                     if D.size:
-                        d += D[c0 + j] * grad[i, j]
-                    dx[b, t0 + i, c0 + j] = d
-                    e = (q[j] + s[j] * xs[i, j]) * slope[i, j]
-                    ddt[b, t0 + i, c0 + j] = e
-                    dbias_block[j] += e
+                        skip = lanes(D, c0 + j, count_)
+                        out = out + skip * d
+                        store(dD_block, j, load(dD_block, j) + d * v)
+                        if z.size:
+                            store(pre, m, load(pre, m) + skip * v)
+                    put(dx, row + j, count_, out)
+                    e = (load(q, m) + through * v) * load(slope, m)
+                    put(ddt, row + j, count_, e)
+                    store(dbias_block, j, load(dbias_block, j) + e)
+                    if z.size:
+                        gate = lanes(z, row + j, count_)
+                        open_ = sigmoid(gate)
+                        e = lanes(dy, row + j, count_) * load(pre, m)
+                        put(dz, row + j, count_, e * open_ * (_F(1) + gate * (_F(1) - open_)))
         for j in range(w):
             if D.size:
                 dD[b, c0 + j] = dD_block[j]
@@ -340,33 +453,46 @@ def _backward(
                 dstate[b, c0 + j, n] = g[n, j]
 
 
-@common.reducing_kernel
-def _step(x, dt, A, B, C, D, z, bias, softplus, low, high, state, y, new):
+@common.kernel
+def _step(x, dt, A, B, C, D, z, bias, softplus_, low, high, state, y, new):
     rows, channels = x.shape
     N = A.shape[1]
-    groups = B.shape[1]
-    per_group = channels // groups
+    per_group = channels // B.shape[1]
+    step = np.zeros(channels + LANES, np.float32)
+    limited = low > -np.inf or high < np.inf
     for b in range(rows):
-        for d in range(channels):
-            g = d // per_group
-            u = dt[b, d]
+        row = b * channels
+        for d in range(0, channels, LANES):
+            u = lanes(dt, row + d, channels - d)
             if bias.size:
-                u += bias[d]
-            if softplus:
-                u = _softplus(u)
-            u = min(max(u, low), high)
-            u2 = u * LOG2E
+                u = u + lanes(bias, d, channels - d)
+            if softplus_:
+                u = softplus(u)
+            if limited:
+                u = clamp(u, low, high)
+            store(step, d, u)
+        for d in range(channels):
+            # One channel at a time, its states across the lanes.
+            g = (b * B.shape[1] + d // per_group) * N
+            u = step[d]
             v = u * x[b, d]
-            acc = _F(0)
-            for n in range(N):
-                s = exp2(u2 * A[d, n]) * state[b, d, n] + v * B[b, g, n]
-                new[b, d, n] = s
-                acc += s * C[b, g, n]
+            u2 = u * LOG2E
+            at = (row + d) * N
+            acc = zeros()
+            for n in range(0, N, LANES):
+                h = exp2(lanes(A, d * N + n, N - n) * u2) * lanes(state, at + n, N - n)
+                h = h + lanes(B, g + n, N - n) * v
+                put(new, at + n, N - n, h)
+                acc = acc + h * lanes(C, g + n, N - n)
+            y[b, d] = total(acc)
+        for d in range(0, channels, LANES):
+            out = lanes(y, row + d, channels - d)
             if D.size:
-                acc += D[d] * x[b, d]
+                out = out + lanes(D, d, channels - d) * lanes(x, row + d, channels - d)
             if z.size:
-                acc *= z[b, d] * _sigmoid(z[b, d])
-            y[b, d] = acc
+                gate = lanes(z, row + d, channels - d)
+                out = out * gate * sigmoid(gate)
+            put(y, row + d, channels - d, out)
 
 
 def _or(array, empty):
@@ -387,9 +513,9 @@ def forward(
     """Arguments as `statewise::selective_scan_numba` in the package's __init__; B and C are (B, L, G, N)."""
     (rows, L, channels), N, groups = x.shape, A.shape[1], B.shape[2]
     blocks, tasks = _blocks(rows, channels, groups)
-    y = torch.empty(x.shape, dtype=torch.float32)
-    last = torch.empty((rows, channels, N), dtype=torch.float32)
-    boundaries = torch.empty((rows, blocks, -(-L // T) if keep else 0, N, W), dtype=torch.float32)
+    y = common.empty(*x.shape)
+    last = common.empty(rows, channels, N)
+    boundaries = common.empty(rows, blocks, -(-L // T) if keep else 0, N, W)
     f = common.f32
     common.run(
         _forward, tasks, f(x), f(dt), f(A), f(B), f(C), _or(f(D), _EMPTY1), _or(f(z), _EMPTY),
@@ -411,9 +537,7 @@ def backward(
     inline = rows * L * channels * N < 50_000
     workers = 1 if inline else common.workers(tasks)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32)
-
+    empty = common.empty
     dx, ddt, dz = empty(*x.shape), empty(*x.shape), empty(*(x.shape if z is not None else (0, 0, 0)))
     dA, dstate = empty(rows, channels, N), empty(rows, channels, N)
     dD = empty(*((rows, channels) if D is not None else (0, 0)))
@@ -441,8 +565,7 @@ def step(
     dt_bias: Tensor | None, dt_softplus: bool, low: float, high: float, state: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One position: x, dt, z (B, D), B and C (B, G, N), state (B, D, N)."""
-    y = torch.empty(x.shape, dtype=torch.float32)
-    new = torch.empty(state.shape, dtype=torch.float32)
+    y, new = common.empty(*x.shape), common.empty(*state.shape)
     f = common.f32
     _step(
         f(x), f(dt), f(A), f(B), f(C), _or(f(D), _EMPTY1), _or(f(z), _EMPTY2), _or(f(dt_bias), _EMPTY1),

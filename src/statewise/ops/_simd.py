@@ -1,0 +1,364 @@
+"""Sixteen float32 lanes as one value inside a Numba kernel.
+
+LLVM's loop vectoriser gives up on kernels with more than a few arrays (it would have to check that they do not
+overlap), and it cannot keep a recurrent state in registers. With an explicit vector type a kernel says what it means:
+one `f32x16` is one AVX-512 register, or two of AVX2, or four of NEON, and plain Python operators work on it.
+
+    h = exp2(step * a) * h + u * b     # b may be a scalar: it is broadcast
+
+Loads and stores take an array of float32 and an offset in elements; memory has to be contiguous from there on.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+LANES = 16
+
+_F32, _I32, _I16, _I1 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(1)
+_V, _VI, _VH, _VM = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I16, _I1))
+
+
+class _Lanes(types.Type):
+    def __init__(self) -> None:
+        super().__init__("f32x16")
+
+
+f32x16 = _Lanes()
+
+
+@register_model(_Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Any) -> None:
+        super().__init__(dmm, fe_type, _V)
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(_V, [float(np.float32(value))] * LANES)
+
+
+def _integers(value: int) -> ir.Constant:
+    return ir.Constant(_VI, [value] * LANES)
+
+
+def _splat(builder: Any, scalar: Any) -> Any:
+    one = builder.insert_element(ir.Constant(_V, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(one, ir.Constant(_V, ir.Undefined), ir.Constant(_VI, [0] * LANES))
+
+
+def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    function = ir.FunctionType(result, [a.type for a in args])
+    declared = builder.module.globals.get(name) or ir.Function(builder.module, function, name)
+    return builder.call(declared, args)
+
+
+def _wide(builder: Any) -> None:
+    """Let LLVM use registers of 512 bits in this function: for many processors it would choose 256."""
+    attributes = builder.function.attributes
+    for name in ('"min-legal-vector-width"="512"', '"prefer-vector-width"="512"'):
+        set.add(attributes, name)  # llvmlite's own `add` refuses attributes with a value
+
+
+def _as_vector(builder: Any, value: Any, typ: Any) -> Any:
+    return value if typ is f32x16 else _splat(builder, value)
+
+
+_PAIRS = [(f32x16, f32x16), (f32x16, types.float32), (types.float32, f32x16)]
+
+
+def _operator(function: Any, emit: str) -> None:
+    class Template(ConcreteTemplate):
+        cases = [signature(f32x16, *pair) for pair in _PAIRS]  # noqa: RUF012
+
+    infer_global(function)(Template)
+
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a, b = (_as_vector(builder, v, t) for v, t in zip(args, sig.args))
+        return getattr(builder, emit)(a, b)
+
+    for pair in _PAIRS:
+        lower_builtin(function, *pair)(lower)
+
+
+for _function, _emit in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+    (operator.iadd, "fadd"),
+    (operator.imul, "fmul"),
+):
+    _operator(_function, _emit)
+
+
+def _is_memory(array: Any, dtype: Any) -> bool:
+    return isinstance(array, types.Array) and array.dtype == dtype and array.layout == "C"
+
+
+def _pointer(context: Any, builder: Any, typ: Any, array: Any, offset: Any, to: Any, width: int) -> Any:
+    data = context.make_array(typ)(context, builder, array).data
+    address = builder.add(
+        builder.ptrtoint(data, ir.IntType(64)), builder.mul(offset, ir.Constant(ir.IntType(64), width))
+    )
+    return builder.inttoptr(address, to.as_pointer())
+
+
+@intrinsic
+def _zeros(typingctx: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _wide(builder)
+        return _constant(0.0)
+
+    return f32x16(), codegen
+
+
+@intrinsic
+def _fill(typingctx: Any, scalar: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _splat(builder, args[0])
+
+    return f32x16(types.float32), codegen
+
+
+@intrinsic
+def _load(typingctx: Any, array: Any, offset: Any) -> Any:
+    if not _is_memory(array, types.float32):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _wide(builder)
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
+        return builder.load(pointer, align=4)
+
+    return f32x16(array, types.int64), codegen
+
+
+@intrinsic
+def _store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
+    if not _is_memory(array, types.float32):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
+        builder.store(args[2], pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, f32x16), codegen
+
+
+def _prefetching(write: int) -> Any:
+    @intrinsic
+    def ask(typingctx: Any, array: Any, offset: Any) -> Any:
+        if not _is_memory(array, types.float32):
+            return None
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
+            how = [ir.Constant(_I32, v) for v in (write, 2 + write, 1)]
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *how)
+            return context.get_dummy_value()
+
+        return types.void(array, types.int64), codegen
+
+    return ask
+
+
+def _first(builder: Any, count: Any) -> Any:
+    """Mask of the first `count` lanes."""
+    order = ir.Constant(_VI, list(range(LANES)))
+    one = builder.insert_element(ir.Constant(_VI, ir.Undefined), builder.trunc(count, _I32), ir.Constant(_I32, 0))
+    wanted = builder.shuffle_vector(one, ir.Constant(_VI, ir.Undefined), ir.Constant(_VI, [0] * LANES))
+    return builder.icmp_signed("<", order, wanted)
+
+
+@intrinsic
+def _load_part(typingctx: Any, array: Any, offset: Any, count: Any) -> Any:
+    if not _is_memory(array, types.float32):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _wide(builder)
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
+        mask = _first(builder, args[2])
+        align = ir.Constant(_I32, 4)
+        return _call(builder, "llvm.masked.load.v16f32.p0", _V, pointer, align, mask, _constant(0.0))
+
+    return f32x16(array, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _store_part(typingctx: Any, array: Any, offset: Any, count: Any, value: Any) -> Any:
+    if not _is_memory(array, types.float32):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
+        mask = _first(builder, args[2])
+        _call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), args[3], pointer, ir.Constant(_I32, 4), mask)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, types.int64, f32x16), codegen
+
+
+@intrinsic
+def _total(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        # By halves: a fixed order, and four additions deep instead of sixteen.
+        v, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            typ = ir.VectorType(_I32, width)
+            low = builder.shuffle_vector(v, v, ir.Constant(typ, list(range(width))))
+            high = builder.shuffle_vector(v, v, ir.Constant(typ, list(range(width, 2 * width))))
+            v = builder.fadd(low, high)
+        return builder.extract_element(v, ir.Constant(_I32, 0))
+
+    return types.float32(f32x16), codegen
+
+
+# Minimax coefficients of (2^f - 1) / f on [-1/2, 1/2]; the relative error they leave in 2^f is 2e-9, far below float32.
+_EXP2 = (
+    0.693147202855128,
+    0.24022647913619674,
+    0.05550332471026881,
+    0.009618437358302156,
+    0.0013398874445391777,
+    0.00015353361813074014,
+)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return _call(builder, "llvm.fmuladd.v16f32", _V, a, b, c)
+
+
+def _clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
+    # Ordered compares keep NaN, unlike the minimum and maximum of LLVM.
+    x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    return builder.select(builder.fcmp_ordered(">", x, high), high, x)
+
+
+@intrinsic
+def _exp2(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x = _clamp(builder, args[0], _constant(-126.0), _constant(127.0))
+        # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum. Flags given here keep Numba from adding
+        # the kernel's own, of which "reassoc" would cancel the pair.
+        magic, exact = _constant(12582912.0), ("contract",)
+        shifted = builder.fadd(x, magic, flags=exact)
+        f = builder.fsub(x, builder.fsub(shifted, magic, flags=exact), flags=exact)
+        p = _constant(_EXP2[5])
+        for c in reversed(_EXP2[:5]):
+            p = _fma(builder, p, f, _constant(c))
+        p = _fma(builder, p, f, _constant(1.0))
+        exponent = builder.shl(builder.bitcast(shifted, _VI), _integers(23))
+        return builder.bitcast(builder.add(builder.bitcast(p, _VI), exponent), _V)
+
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def _clamped(typingctx: Any, x: Any, low: Any, high: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _clamp(builder, args[0], _splat(builder, args[1]), _splat(builder, args[2]))
+
+    return f32x16(f32x16, types.float32, types.float32), codegen
+
+
+@intrinsic
+def _outside(typingctx: Any, x: Any, low: Any, high: Any, value: Any, other: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        x, low, high, inside, outside = args
+        below = builder.fcmp_ordered("<", x, _splat(builder, low))
+        above = builder.fcmp_ordered(">", x, _splat(builder, high))
+        return builder.select(builder.or_(below, above), outside, inside)
+
+    return f32x16(f32x16, types.float32, types.float32, f32x16, f32x16), codegen
+
+
+@intrinsic
+def _magnitude(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call(builder, "llvm.fabs.v16f32", _V, args[0])
+
+    return f32x16(f32x16), codegen
+
+
+@intrinsic
+def _positive(typingctx: Any, x: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        zero = _constant(0.0)
+        return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])
+
+    return f32x16(f32x16), codegen
+
+
+# The public names; an intrinsic takes a hidden first argument, which type checkers cannot see, hence Any.
+zeros: Any = _zeros  # () -> lanes of zeros
+fill: Any = _fill  # (scalar)
+load: Any = _load  # (array, offset)
+store: Any = _store  # (array, offset, lanes)
+load_part: Any = _load_part  # (array, offset, count): the first `count` lanes, zeros after them
+store_part: Any = _store_part  # (array, offset, count, lanes)
+prefetch: Any = _prefetching(0)  # (array, offset): start to bring a cache line; harmless past the end
+prefetch_to_write: Any = _prefetching(1)
+total: Any = _total  # sum of the lanes, a float32
+exp2: Any = _exp2  # 2**x, relative error about 1e-7; x is clamped to [-126, 127], NaN stays
+clamp: Any = _clamped  # (x, low, high); NaN stays
+if_inside: Any = _outside  # (x, low, high, value, other): value where low <= x <= high, else other
+magnitude: Any = _magnitude
+positive: Any = _positive  # max(x, 0)
+
+LOG2E = np.float32(1.4426950408889634)
+_ONE, _TWO = np.float32(1), np.float32(2)
+_SERIES = tuple(np.float32(2 / k) for k in (15, 13, 11, 9, 7, 5, 3))
+
+# Helpers on lanes are inlined: how a vector is passed between functions depends on the processor.
+inlined = numba.njit(inline="always")
+
+
+@inlined
+def lanes(array, offset, count):
+    """The lanes from `offset` on; zeros from lane `count` on, where the array ends for us."""
+    if count >= LANES:
+        v = load(array, offset)
+    else:
+        v = load_part(array, offset, count)
+    return v
+
+
+@inlined
+def put(array, offset, count, value):
+    """Store the first `count` lanes."""
+    if count >= LANES:
+        store(array, offset, value)
+    else:
+        store_part(array, offset, count, value)
+
+
+@inlined
+def sigmoid(u):
+    return _ONE / (exp2(u * -LOG2E) + _ONE)
+
+
+@inlined
+def softplus(u):
+    """log(1 + e^u): max(u, 0) + log1p(e^-|u|), the logarithm as an odd series in t / (2 + t) <= 1/3."""
+    t = exp2(magnitude(u) * -LOG2E)
+    s = t / (t + _TWO)
+    q = s * s
+    p = q * _SERIES[0] + _SERIES[1]
+    p = p * q + _SERIES[2]
+    p = p * q + _SERIES[3]
+    p = p * q + _SERIES[4]
+    p = p * q + _SERIES[5]
+    p = p * q + _SERIES[6]
+    p = p * q + _TWO
+    return positive(u) + s * p
