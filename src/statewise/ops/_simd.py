@@ -224,6 +224,52 @@ def _total(typingctx: Any, value: Any) -> Any:
     return types.float32(f32x16), codegen
 
 
+@intrinsic
+def _transposed(typingctx: Any, source: Any, at: Any, stride: Any, into: Any, to: Any, into_stride: Any) -> Any:
+    if not (_is_memory(source, types.float32) and _is_memory(into, types.float32)):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _wide(builder)
+        source, at, stride, into, to, into_stride = args
+        rows = []
+        for _ in range(LANES):
+            rows.append(builder.load(_pointer(context, builder, sig.args[0], source, at, _V, 4), align=4))
+            at = builder.add(at, stride)
+        for s in (1, 2, 4, 8):  # swap the off-diagonal blocks of size s
+            low = [l if not l & s else LANES + l - s for l in range(LANES)]
+            high = [l + s if not l & s else LANES + l for l in range(LANES)]
+            for i in range(LANES):
+                if not i & s:
+                    a, b = rows[i], rows[i + s]
+                    rows[i] = builder.shuffle_vector(a, b, ir.Constant(_VI, low))
+                    rows[i + s] = builder.shuffle_vector(a, b, ir.Constant(_VI, high))
+        for row in rows:
+            builder.store(row, _pointer(context, builder, sig.args[3], into, to, _V, 4), align=4)
+            to = builder.add(to, into_stride)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, into, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _within(typingctx: Any, value: Any, first: Any, low: Any, high: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, first, low, high = args
+
+        def spread(n: Any) -> Any:
+            one = builder.insert_element(ir.Constant(_VI, ir.Undefined), builder.trunc(n, _I32), ir.Constant(_I32, 0))
+            return builder.shuffle_vector(one, ir.Constant(_VI, ir.Undefined), ir.Constant(_VI, [0] * LANES))
+
+        order = builder.add(ir.Constant(_VI, list(range(LANES))), spread(first))
+        inside = builder.and_(
+            builder.icmp_signed(">=", order, spread(low)), builder.icmp_signed("<=", order, spread(high))
+        )
+        return builder.select(inside, value, _constant(0.0))
+
+    return f32x16(f32x16, types.int64, types.int64, types.int64), codegen
+
+
 # Minimax coefficients of (2^f - 1) / f on [-1/2, 1/2]; the relative error they leave in 2^f is 2e-9, far below float32.
 _EXP2 = (
     0.693147202855128,
@@ -249,8 +295,8 @@ def _clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
 def _exp2(typingctx: Any, x: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         x = _clamp(builder, args[0], _constant(-126.0), _constant(127.0))
-        # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum. Flags given here keep Numba from adding
-        # the kernel's own, of which "reassoc" would cancel the pair.
+        # Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum. Flags given here keep Numba from
+        # adding the kernel's own, of which "reassoc" would cancel the pair.
         magic, exact = _constant(12582912.0), ("contract",)
         shifted = builder.fadd(x, magic, flags=exact)
         f = builder.fsub(x, builder.fsub(shifted, magic, flags=exact), flags=exact)
@@ -315,6 +361,9 @@ clamp: Any = _clamped  # (x, low, high); NaN stays
 if_inside: Any = _outside  # (x, low, high, value, other): value where low <= x <= high, else other
 magnitude: Any = _magnitude
 positive: Any = _positive  # max(x, 0)
+within: Any = _within  # (x, first, low, high): zero but for the lanes l with low <= first + l <= high
+# (source, offset, stride, into, offset, stride): a block of 16 x 16 numbers, transposed; strides between rows
+transpose: Any = _transposed
 
 LOG2E = np.float32(1.4426950408889634)
 _ONE, _TWO = np.float32(1), np.float32(2)

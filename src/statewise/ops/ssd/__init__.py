@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +11,10 @@ from torch.nn.functional import silu
 
 from ...segments import Segments
 from .. import _checks
-from .._backend import resolve
+from .._backend import numba_reason, resolve
 from .._dt import Limits, step_size
 from .._precision import no_autocast
+from .._register import differentiable, operator
 from .._spec import OpSpec, Summary, register
 from . import reference
 
@@ -22,6 +24,7 @@ ALGORITHMS = ("chunk", "recurrent")
 
 # Measured on CPU over L = 128 ... 8192 (P = 64, N = 128): 64 is within a few percent of the best everywhere.
 CHUNK = 64
+MAX_CHUNK = 1024  # of the kernels, whose scratch memory grows with its square
 
 
 def _sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, **others: Tensor | None):
@@ -63,7 +66,74 @@ def _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None, *
 
 
 def reasons(**inputs) -> dict[str, str | None]:
-    return {"reference": None}
+    """Why each back-end cannot serve these inputs (None: it can), in order of preference."""
+    tensors = [t for t in inputs.values() if isinstance(t, Tensor)]
+    return {"numba": numba_reason(*tensors), "reference": None}
+
+
+# ---- the CPU kernels as operators ------------------------------------------------------------------------------------
+
+_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? state"
+
+
+def _fake_forward(x, dt, A, B, C, D, state, marks, chunk, keep):
+    (rows, L, H, P), N = x.shape, B.shape[3]
+    f32 = torch.float32
+    return (
+        x.new_empty(x.shape, dtype=f32),
+        x.new_empty((rows, H, P, N), dtype=f32),
+        x.new_empty((rows, -(-L // chunk) if keep else 0, H, P, N), dtype=f32),
+    )
+
+
+def _fake_backward(dy, dlast, x, dt, A, B, C, D, state, marks, boundaries, chunk):
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, dt, A, B, C, D, state))
+
+
+def _fake_step(x, dt, A, B, C, D, state):
+    f32 = torch.float32
+    return x.new_empty(x.shape, dtype=f32), x.new_empty((*x.shape, B.shape[2]), dtype=f32)
+
+
+_forward = operator(
+    f"ssd_numba({_INPUTS}, Tensor? marks, int chunk, bool keep) -> (Tensor, Tensor, Tensor)",
+    "statewise.ops.ssd.numba:forward",
+    _fake_forward,
+)
+_backward = operator(
+    f"ssd_numba_backward(Tensor dy, Tensor dlast, {_INPUTS}, Tensor? marks, Tensor boundaries, int chunk) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "statewise.ops.ssd.numba:backward",
+    _fake_backward,
+)
+_one = operator(f"ssd_numba_step({_INPUTS}) -> (Tensor, Tensor)", "statewise.ops.ssd.numba:step", _fake_step)
+
+
+def _save(ctx, inputs, output):
+    *tensors, chunk, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.chunk = chunk
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx, dy, dlast, _):
+    *tensors, boundaries = ctx.saved_tensors
+    grads = _backward(dy, dlast, *tensors, boundaries, ctx.chunk)
+    return *(None if t is None else g for t, g in zip(tensors, grads)), None, None, None
+
+
+differentiable(_forward, _gradients, _save)
+
+
+def _differentiated(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _per_channel(D: Tensor | None, channels: int) -> Tensor | None:
+    return D if D is None or D.ndim == 2 else D[:, None].expand(-1, channels)
+
+
+# ---- public ----------------------------------------------------------------------------------------------------------
 
 
 def ssd(
@@ -97,7 +167,8 @@ def ssd(
         state: (B, H, P, N) before the first position; zeros if None.
         seg: packing and padding.
         algorithm: "chunk" (default) or "recurrent" (the definition, one position at a time).
-        backend: see `statewise.ops.use_backend`.
+        backend: see `statewise.ops.use_backend`. "numba": float32 kernels for CPU; half precision is computed in
+            float32. "reference": plain PyTorch on any device, for float64 and second derivatives.
 
     Returns:
         y (B, L, H, P) in x's dtype, and the state (B, H, P, N) after the last position, in float32 (float64 for
@@ -114,16 +185,25 @@ def ssd(
         raise ValueError(f"ssd: chunk_size: want a positive number, got {chunk_size}")
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"ssd: algorithm: want 'chunk', 'recurrent' or None, got {algorithm!r}")
-    resolve("ssd", reasons(), backend)
+    available = reasons(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
+    if algorithm is not None:
+        available["numba"] = available["numba"] or f"algorithm={algorithm!r} is a form of the reference"
+    chosen = resolve("ssd", available, backend)
     dtype = _checks.compute_dtype(x)
     if state is None:
         state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
     if sizes["L"] == 1 and seg is None and algorithm is None:
         y, state = ssd_step(
             x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, dt_softplus,
-            dt_limit=dt_limit, state=state,
+            dt_limit=dt_limit, state=state, backend=chosen,
         )  # fmt: skip
         return y[:, None], state
+    if chosen == "numba":
+        dt_, *_ = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg)
+        tensors = (x, dt_, A, B, C, _per_channel(D, sizes["P"]), state)
+        marks = None if seg is None else seg.marks
+        y, state, _ = _forward(*tensors, marks, min(chunk_size or CHUNK, MAX_CHUNK), _differentiated(*tensors))
+        return _tail(y, x, None, z, seg).to(x.dtype), state
     dt_, log_a, (v, b, c), resets = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg, x, B, C)
     if seg is not None:
         state = seg.forget(state)
@@ -156,11 +236,18 @@ def ssd_step(
     *,
     dt_limit: Limits | None = None,
     state: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One position of `ssd`: x, z (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) or None for zeros."""
     dtype = _checks.compute_dtype(x)
     H = x.shape[1]
     dt_ = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
+    chosen = resolve("ssd", reasons(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state), backend)
+    if chosen == "numba":
+        tensors = (x, dt_, A, B, C, _per_channel(D, x.shape[2]), state)
+        if not _differentiated(*tensors):
+            y, state = _one(*tensors)
+            return _tail(y, x, None, z, None).to(x.dtype), state
     b, c = reference.heads(B.to(dtype), H), reference.heads(C.to(dtype), H)
     v = x.to(dtype)
     update = (dt_[..., None] * v)[..., None] * b[:, :, None]
