@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import _numba
+from .._simd import LANES, lanes, load, prefetch, prefetch_to_write, put, store, zeros
 
 # Channels per task at most. Long runs of memory per time step matter most; the state of this many channels still stays
 # in the first-level cache.
 _BLOCK = 2048
+# Positions ahead of which memory is asked for.
+_AHEAD = 4
 # Below this many numbers the pool costs more than it gives.
 _INLINE = 1 << 14
 # Steps after which partial sums over time are added up: plain summation over a long sequence loses digits.
@@ -53,6 +56,45 @@ def _forward_vector(start, stop, worker, a, x, h0, marks, h, last, blocks, block
                 out[c] = v
         for c in range(n):
             last[b, lo + c] = s[c]
+
+
+@_numba.kernel
+def _forward_real(start, stop, worker, a, x, h0, marks, h, last, blocks, block, sizes, sa, sx, has_marks, reverse):
+    """`_forward_vector` in explicit vectors: float32 waits for memory only, and prefetching ahead pays."""
+    length, channels = sizes
+    s = np.empty(block + LANES, np.float32)
+    for task in range(start, stop):
+        b = task // blocks
+        lo = (task % blocks) * block
+        n = min(block, channels - lo)
+        for c in range(0, n, LANES):
+            store(s, c, lanes(h0, b * channels + lo + c, n - c))
+        ahead = -_AHEAD if reverse else _AHEAD
+        for i in range(length):
+            t = length - 1 - i if reverse else i
+            mark = marks[b, t] if has_marks else np.uint8(0)
+            out = (b * length + t) * channels + lo
+            if mark == 2:
+                for c in range(0, n, LANES):
+                    put(h, out + c, n - c, zeros())
+                continue
+            xt = b * sx[0] + t * sx[1] + lo
+            at = b * sa[0] + t * sa[1] + lo
+            if mark == 1:
+                for c in range(0, n, LANES):
+                    v = lanes(x, xt + c, n - c)
+                    store(s, c, v)
+                    put(h, out + c, n - c, v)
+                continue
+            for c in range(0, n, LANES):
+                prefetch(x, xt + c + ahead * sx[1])
+                prefetch(a, at + c + ahead * sa[1])
+                prefetch_to_write(h, out + c + ahead * channels)
+                v = lanes(a, at + c, n - c) * load(s, c) + lanes(x, xt + c, n - c)
+                store(s, c, v)
+                put(h, out + c, n - c, v)
+        for c in range(0, n, LANES):
+            put(last, b * channels + lo + c, n - c, load(s, c))
 
 
 @_numba.kernel
@@ -293,16 +335,19 @@ def _marks(marks: Tensor | None) -> np.ndarray:
 def forward(a: Tensor, x: Tensor, state: Tensor | None, marks: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
     groups = a.shape[2]
-    h = torch.empty(batch, length, channels, dtype=x.dtype)
+    h = _numba.empty(batch, length, channels, dtype=x.dtype)
     last = torch.empty(batch, channels, dtype=x.dtype)
     if last.numel() == 0:
         return h, last
     tasks, plan = _plan(batch, channels, groups)
     kernel = _forward_vector if groups == channels else _forward_shared
+    start, out, end = _start(state, x), h.numpy(), last.numpy()
+    if groups == channels and x.dtype == torch.float32:
+        kernel, start, out, end = _forward_real, start.reshape(-1), out.reshape(-1), end.reshape(-1)
     sizes = (length, channels if groups == channels else channels // groups)
     (fa, sa), (fx, sx) = _numba.rows(a), _numba.rows(x)
     _numba.run(
-        kernel, tasks, fa, fx, _start(state, x), _marks(marks), h.numpy(), last.numpy(), *plan, sizes, sa, sx,
+        kernel, tasks, fa, fx, start, _marks(marks), out, end, *plan, sizes, sa, sx,
         marks is not None, reverse, inline=h.numel() < _INLINE,
     )  # fmt: skip
     return h, last
@@ -313,7 +358,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, channels = h.shape
     groups = a.shape[2]
-    dx = torch.empty(batch, length, channels, dtype=h.dtype)
+    dx = _numba.empty(batch, length, channels, dtype=h.dtype)
     dh0 = torch.empty(batch, channels, dtype=h.dtype)
     if h.numel() == 0:
         return torch.zeros(a.shape, dtype=h.dtype), dx, dlast.detach().clone(memory_format=torch.contiguous_format)
@@ -322,9 +367,9 @@ def backward(
     sizes = (length, channels if groups == channels else channels // groups)
     if groups < channels:
         parts, blocks, block = plan
-        da = torch.empty(parts, batch, blocks, length, block, dtype=h.dtype)
+        da = _numba.empty(parts, batch, blocks, length, block, dtype=h.dtype)
     else:
-        da = torch.empty(batch, a.shape[1], channels, dtype=h.dtype)
+        da = _numba.empty(batch, a.shape[1], channels, dtype=h.dtype)
     (fa, sa), (fd, sd) = _numba.rows(a), _numba.rows(dh)
     _numba.run(
         kernel, tasks, fd, dlast.detach().resolve_conj().contiguous().numpy(), fa, h.detach().contiguous().numpy(),

@@ -1,7 +1,9 @@
 """CPU kernels of `short_conv` in float32, forward and backward.
 
-One task is one batch row and one block of channels. It keeps the last K inputs of the document in a ring of K rows,
-which makes document starts, padding in the middle and the incoming state the same as any other case.
+A task is a stretch of one batch row (forward) or a block of its channels (backward). For each position the places of
+its K inputs are looked up first (they stand side by side, except across padding, at the start of a document and in the
+incoming state); then a loop over channels, sixteen at a time, does the arithmetic. Four positions whose inputs all
+stand side by side share their loads.
 """
 
 from __future__ import annotations
@@ -11,201 +13,211 @@ import torch
 from torch import Tensor
 
 from .. import _numba
+from .._simd import LANES, inlined, lanes, load, prefetch, prefetch_to_write, put, sigmoid, store, zeros
 
-# Channels per task at most: long runs of memory per time step, while ring and taps stay in the first-level cache.
-_BLOCK = 768
+_F = np.float32
+# Channels per task at most: rows and taps of a block stay in the first-level cache.
+_BLOCK = 512
 # Below this many numbers the pool costs more than it gives.
 _INLINE = 1 << 14
 _NO_MARKS = np.zeros((1, 1), np.uint8)
-# Steps after which partial sums over time are added up.
+# Steps after which partial sums over time are added up: plain summation over a long sequence loses digits.
 _FLUSH = 64
-# Ring rows that hold no input: the zeros before a document.
-_EMPTY = -1000
-
-
-# LLVM gives up on a loop over a row whose variable is bound twice in a function, hence the many names below; and one
-# loop over four taps takes half the time of four loops over one.
+# A place that holds no input: the zeros before a document. Slot s of the state is -1 - s.
+_NOTHING = -1000
 
 
 @_numba.kernel
-def _convolve(acc, ring, w, bias, head, n):
-    """acc = bias + the sum of the ring's rows times the taps; `head` is the row of the newest input."""
-    taps = w.shape[0]
-    w0, r0 = w[taps - 1], ring[head]
-    if taps == 1:
-        for c in range(n):
-            acc[c] = bias[c] + w0[c] * r0[c]
-        return
-    w1, r1 = w[taps - 2], ring[(head - 1) % taps]
-    if taps == 2:
-        for c in range(n):
-            acc[c] = bias[c] + w0[c] * r0[c] + w1[c] * r1[c]
-        return
-    w2, r2 = w[taps - 3], ring[(head - 2) % taps]
-    if taps == 3:
-        for c in range(n):
-            acc[c] = bias[c] + w0[c] * r0[c] + w1[c] * r1[c] + w2[c] * r2[c]
-        return
-    w3, r3 = w[taps - 4], ring[(head - 3) % taps]
-    for c in range(n):
-        acc[c] = bias[c] + w0[c] * r0[c] + w1[c] * r1[c] + w2[c] * r2[c] + w3[c] * r3[c]
-    for k in range(4, taps):
-        _add_product(acc, w[taps - 1 - k], ring[(head - k) % taps], n)
+def _places(marks, has_marks, b, t, taps, at):
+    """at[k] = where the k-th input before position t stands (t itself for k = 0)."""
+    p = t
+    at[0] = t
+    for k in range(1, taps):
+        if p >= 0 and has_marks and p < marks.shape[1] and marks[b, p] == 1:
+            p = _NOTHING
+        if p >= 0:
+            p -= 1
+            while has_marks and p >= 0 and marks[b, p] == 2:
+                p -= 1
+            at[k] = p if p >= 0 else 1 - taps  # the newest slot of the state
+            p = at[k]
+        elif p == _NOTHING or p == -1:  # slot 0 is the oldest
+            p = _NOTHING
+            at[k] = p
+        else:
+            p += 1
+            at[k] = p
+
+
+@inlined
+def _input(x, base, row, state, start, channels, place, c, count):
+    if place >= 0:
+        v = lanes(x, base + place * row + c, count)
+    elif place == _NOTHING:
+        v = zeros()
+    else:
+        v = lanes(state, start + (-1 - place) * channels + c, count)
+    return v
+
+
+@inlined
+def _silu(v, silu):
+    if silu:
+        v = v * sigmoid(v)
+    return v
 
 
 @_numba.kernel
-def _add_product(total, left, right, n):
-    for c in range(n):
-        total[c] += left[c] * right[c]
+def _four(x, base, row, w, bias, channels, silu, y, to):
+    """Four positions of a convolution with four taps; their seven inputs stand side by side from `base` on."""
+    for c in range(0, channels, LANES):
+        n = channels - c
+        w0, w1, w2, w3 = (
+            lanes(w, 3 * channels + c, n), lanes(w, 2 * channels + c, n), lanes(w, channels + c, n), lanes(w, c, n),
+        )  # fmt: skip
+        start = lanes(bias, c, n)
+        i = base + c
+        a, b, d = lanes(x, i, n), lanes(x, i + row, n), lanes(x, i + 2 * row, n)
+        i += 3 * row
+        o = to + c
+        for _ in range(4):
+            e = lanes(x, i, n)
+            prefetch(x, i + 4 * row)
+            prefetch_to_write(y, o + 4 * channels)
+            put(y, o, n, _silu(start + e * w0 + d * w1 + b * w2 + a * w3, silu))
+            a, b, d = b, d, e
+            i += row
+            o += channels
 
 
 @_numba.kernel
-def _load(local, matrix, lo, n):
-    """Columns lo ... lo + n of a matrix into the front of the rows of `local`."""
-    for k in range(matrix.shape[0]):
-        for c in range(n):
-            local[k, c] = matrix[k, lo + c]
-
-
-@_numba.kernel
-def _forward(start, stop, worker, x, w, bias, state, marks, y, last, blocks, block, length, sx, has_marks, silu):
-    taps, channels = w.shape
-    ring = np.empty((taps, block), np.float32)
-    wl = np.empty((taps, block), np.float32)
-    acc = np.empty(block, np.float32)
-    log2e, one = np.float32(_numba.LOG2E), np.float32(1)
+def _forward(
+    start, stop, worker, x, w, bias, state, marks, y, last, parts, span, length, channels, sx, has_marks, silu
+):
+    taps = w.size // channels
+    at = np.empty(taps + 1, np.int64)
     for task in range(start, stop):
-        b = task // blocks
-        lo = (task % blocks) * block
-        n = min(block, channels - lo)
-        _load(wl, w, lo, n)
-        _load(ring, state[b], lo, n)
-        bl = bias[lo : lo + n]
-        head = taps - 1
-        for t in range(length):
-            mark = marks[b, t] if has_marks else np.uint8(0)
-            out = y[b, t, lo : lo + n]
-            if mark == 2:
-                for c in range(n):
-                    out[c] = 0
+        b = task // parts
+        t = (task % parts) * span
+        end = min(length, t + span)
+        base = b * sx[0]
+        first = b * (taps - 1) * channels
+        clear = 0  # how many positions before t stand side by side in one document
+        while t < end:
+            to = (b * length + t) * channels
+            side_by_side = taps == 4 and clear >= 3 and t + 4 <= end
+            if side_by_side and has_marks:
+                for i in range(4):
+                    side_by_side = side_by_side and marks[b, t + i] == 0
+            if side_by_side:
+                _four(x, base + (t - 3) * sx[1], sx[1], w, bias, channels, silu, y, to)
+                t += 4
+                clear += 4
                 continue
-            if mark == 1:
-                ring[:] = 0
-            xt = x[b * sx[0] + t * sx[1] + lo :][:n]
-            newest = ring[head]
-            for c in range(n):
-                newest[c] = xt[c]
-            _convolve(acc, ring, wl, bl, head, n)
-            if silu:
-                for c in range(n):
-                    out[c] = acc[c] / (one + _numba.exp2(-log2e * acc[c]))
+            mark = marks[b, t] if has_marks else np.uint8(0)
+            if mark == 2:
+                for c in range(0, channels, LANES):
+                    put(y, to + c, channels - c, zeros())
+                clear = 0
             else:
-                for c in range(n):
-                    out[c] = acc[c]
-            head = (head + 1) % taps
-        for j in range(taps - 1):
-            row = ring[(head + 1 + j) % taps]
-            for c in range(n):
-                last[b, j, lo + c] = row[c]
+                clear = 1 if mark == 1 else clear + 1
+                _places(marks, has_marks, b, t, taps, at)
+                for c in range(0, channels, LANES):
+                    n = channels - c
+                    acc = lanes(bias, c, n)
+                    for k in range(taps):
+                        v = _input(x, base, sx[1], state, first, channels, at[k], c, n)
+                        acc = acc + v * lanes(w, (taps - 1 - k) * channels + c, n)
+                    put(y, to + c, n, _silu(acc, silu))
+            t += 1
+        if end == length:
+            # The state holds the inputs that a next position would need.
+            _places(marks, has_marks, b, length, taps, at)
+            for k in range(1, taps):
+                to = first + (taps - 1 - k) * channels
+                for c in range(0, channels, LANES):
+                    n = channels - c
+                    put(last, to + c, n, _input(x, base, sx[1], state, first, channels, at[k], c, n))
 
 
-@_numba.kernel
-def _flush(grad, slot, held, dx, dstate, b, lo, n):
-    """Write the finished gradient of the input that stood in a row of the ring."""
-    at = held[slot]
-    row = grad[slot]
-    if at >= 0:
-        to = dx[b, at, lo : lo + n]
-        for c in range(n):
-            to[c] = row[c]
-    elif at != _EMPTY:
-        to = dstate[b, -1 - at, lo : lo + n]
-        for c in range(n):
-            to[c] = row[c]
-    held[slot] = _EMPTY
+@inlined
+def _give(dx, base, dstate, start, channels, place, c, n, value):
+    """Add to the gradient of the input at a place."""
+    if place >= 0:
+        i = base + place * channels + c
+        put(dx, i, n, lanes(dx, i, n) + value)
+    elif place != _NOTHING:
+        i = start + (-1 - place) * channels + c
+        put(dstate, i, n, lanes(dstate, i, n) + value)
 
 
 @_numba.kernel
 def _backward(
-    start, stop, worker, dy, dlast, x, w, bias, state, marks, dx, dw, db, dstate, blocks, block, length, sd, sx,
-    has_marks, silu,
+    start, stop, worker, dy, dlast, x, w, bias, state, marks, dx, dw, db, dstate, blocks, block, length, channels, sd,
+    sx, has_marks, silu,
 ):  # fmt: skip
-    taps, channels = w.shape
-    ring = np.empty((taps, block), np.float32)
-    grad = np.empty((taps, block), np.float32)
-    wl = np.empty((taps, block), np.float32)
-    held = np.empty(taps, np.int64)
-    acc = np.empty(block, np.float32)
-    # Row `taps` of both is for the bias. Sums over time go in two levels, or long sequences would lose digits.
-    near = np.empty((taps + 1, block), np.float32)
-    far = np.empty((taps + 1, block), np.float32)
-    log2e, one = np.float32(_numba.LOG2E), np.float32(1)
+    taps = w.size // channels
+    at = np.empty(taps + 1, np.int64)
+    wide = (block + LANES - 1) // LANES * LANES
+    # Row `taps` of both is for the bias. Sums over time go in two levels.
+    near = np.empty((taps + 1) * wide, np.float32)
+    far = np.empty((taps + 1) * wide, np.float32)
     for task in range(start, stop):
         b = task // blocks
         lo = (task % blocks) * block
-        n = min(block, channels - lo)
-        near[:] = 0
-        far[:] = 0
-        held[:] = _EMPTY
-        _load(wl, w, lo, n)
-        _load(ring, state[b], lo, n)
-        bl = bias[lo : lo + n]
-        grad[:] = 0
-        for j in range(taps - 1):
-            held[j] = -1 - j
-        head = taps - 1
+        hi = min(channels, lo + block)
+        base, out = b * sx[0], b * length * channels
+        first = b * (taps - 1) * channels
+        near[:] = _F(0)
+        far[:] = _F(0)
         for t in range(length):
-            mark = marks[b, t] if has_marks else np.uint8(0)
-            if mark == 2:
-                to = dx[b, t, lo : lo + n]
-                for c in range(n):
-                    to[c] = 0
+            here = out + t * channels
+            if has_marks and marks[b, t] == 2:
+                for c in range(lo, hi, LANES):
+                    put(dx, here + c, hi - c, zeros())
                 continue
-            if mark == 1:
-                for slot in range(taps):
-                    _flush(grad, slot, held, dx, dstate, b, lo, n)
-                ring[:] = 0
-            _flush(grad, head, held, dx, dstate, b, lo, n)
-            held[head] = t
-            xt = x[b * sx[0] + t * sx[1] + lo :][:n]
-            newest, fresh = ring[head], grad[head]
-            for c in range(n):
-                newest[c] = xt[c]
-            for c in range(n):
-                fresh[c] = 0
-            dyt = dy[b * sd[0] + t * sd[1] + lo :][:n]
-            if silu:
-                _convolve(acc, ring, wl, bl, head, n)
-                for c in range(n):
-                    gate = one / (one + _numba.exp2(-log2e * acc[c]))
-                    acc[c] = dyt[c] * gate * (one + acc[c] * (one - gate))
-            else:
-                for c in range(n):
-                    acc[c] = dyt[c]
-            for k in range(taps):
-                slot, tap = (head - k) % taps, taps - 1 - k
-                _add_product(near[tap], ring[slot], acc, n)
-                _add_product(grad[slot], wl[tap], acc, n)
-            sums = near[taps]
-            for c in range(n):
-                sums[c] += acc[c]
+            _places(marks, has_marks, b, t, taps, at)
+            for c in range(lo, hi, LANES):
+                n = hi - c
+                g = lanes(dy, b * sd[0] + t * sd[1] + c, n)
+                if silu:
+                    acc = lanes(bias, c, n)
+                    for k in range(taps):
+                        v = _input(x, base, sx[1], state, first, channels, at[k], c, n)
+                        acc = acc + v * lanes(w, (taps - 1 - k) * channels + c, n)
+                    gate = sigmoid(acc)
+                    g = g * gate * (acc * (_F(1) - gate) + _F(1))
+                j = c - lo
+                put(dx, here + c, n, g * lanes(w, (taps - 1) * channels + c, n))
+                for k in range(taps):
+                    tap = taps - 1 - k
+                    m = tap * wide + j
+                    v = _input(x, base, sx[1], state, first, channels, at[k], c, n)
+                    store(near, m, load(near, m) + g * v)
+                    if k > 0:
+                        value = g * lanes(w, tap * channels + c, n)
+                        _give(dx, out, dstate, first, channels, at[k], c, n, value)
+                m = taps * wide + j
+                store(near, m, load(near, m) + g)
             if t % _FLUSH == _FLUSH - 1:
-                for k in range(taps + 1):
-                    for c in range(n):
-                        far[k, c] += near[k, c]
-                        near[k, c] = 0
-            head = (head + 1) % taps
-        for j in range(taps - 1):
-            row = grad[(head + 1 + j) % taps]
-            for c in range(n):
-                row[c] += dlast[b, j, lo + c]
-        for slot in range(taps):
-            _flush(grad, slot, held, dx, dstate, b, lo, n)
-        for k in range(taps):
-            for c in range(n):
-                dw[b, k, lo + c] = far[k, c] + near[k, c]
-        for c in range(n):
-            db[b, lo + c] = far[taps, c] + near[taps, c]
+                for m in range(0, near.size, LANES):
+                    store(far, m, load(far, m) + load(near, m))
+                    store(near, m, zeros())
+        _places(marks, has_marks, b, length, taps, at)
+        for k in range(1, taps):
+            for c in range(lo, hi, LANES):
+                value = lanes(dlast, first + (taps - 1 - k) * channels + c, hi - c)
+                _give(dx, out, dstate, first, channels, at[k], c, hi - c, value)
+        for c in range(lo, hi, LANES):
+            for k in range(taps):
+                m = k * wide + c - lo
+                put(dw, (b * taps + k) * channels + c, hi - c, load(far, m) + load(near, m))
+            m = taps * wide + c - lo
+            put(db, b * channels + c, hi - c, load(far, m) + load(near, m))
+
+
+def _flat(t: Tensor) -> np.ndarray:
+    return t.detach().contiguous().numpy().reshape(-1)
 
 
 def _shared(
@@ -214,9 +226,9 @@ def _shared(
     batch, _, channels = x.shape
     taps = weight.shape[1]
     return (
-        np.from_dlpack(weight.detach().t().contiguous()),
+        np.from_dlpack(weight.detach().t().contiguous()).reshape(-1),
         np.zeros(channels, np.float32) if bias is None else np.from_dlpack(bias.detach().contiguous()),
-        np.zeros((batch, taps - 1, channels), np.float32) if state is None else state.detach().contiguous().numpy(),
+        _flat(state) if state is not None else np.zeros(batch * (taps - 1) * channels, np.float32),
         _NO_MARKS if marks is None else marks.contiguous().numpy(),
     )
 
@@ -224,6 +236,7 @@ def _shared(
 def _plan(batch: int, channels: int) -> tuple[int, int, int]:
     """(tasks, blocks of a row, channels of a block)."""
     block = -(-channels // _numba.split(batch, channels, _BLOCK))
+    block = -(-block // LANES) * LANES
     blocks = -(-channels // block)
     return batch * blocks, blocks, block
 
@@ -232,15 +245,18 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, marks: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
-    y = torch.empty(batch, length, channels, dtype=torch.float32)
+    y = _numba.empty(batch, length, channels)
     last = torch.empty(batch, weight.shape[1] - 1, channels, dtype=torch.float32)
     if batch * channels == 0:
         return y, last
-    tasks, blocks, block = _plan(batch, channels)
+    parts = 1 if y.numel() < _INLINE else max(1, min(length // 32, 4 * torch.get_num_threads() // batch))
+    span = max(1, -(-length // parts))
+    parts = max(1, -(-length // span))
     flat, sx = _numba.rows(x)
     w, b, s, m = _shared(x, weight, bias, state, marks)
     _numba.run(
-        _forward, tasks, flat, w, b, s, m, y.numpy(), last.numpy(), blocks, block, length, sx, marks is not None, silu,
+        _forward, batch * parts, flat, w, b, s, m, _flat(y), _flat(last), parts, span, length, channels, sx,
+        marks is not None, silu,
         inline=y.numel() < _INLINE,
     )  # fmt: skip
     return y, last
@@ -258,7 +274,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, length, channels = x.shape
     taps = weight.shape[1]
-    dx = torch.empty(batch, length, channels, dtype=torch.float32)
+    dx = _numba.empty(batch, length, channels)
     dw = torch.empty(batch, taps, channels, dtype=torch.float32)
     db = torch.empty(batch, channels, dtype=torch.float32)
     # A document start drops the slots before it, and with them the gradient.
@@ -269,8 +285,8 @@ def backward(
     (flat_dy, sd), (flat, sx) = _numba.rows(dy), _numba.rows(x)
     w, b, s, m = _shared(x, weight, bias, state, marks)
     _numba.run(
-        _backward, tasks, flat_dy, dlast.detach().contiguous().numpy(), flat, w, b, s, m,
-        dx.numpy(), dw.numpy(), db.numpy(), dstate.numpy(), blocks, block, length, sd, sx, marks is not None, silu,
+        _backward, tasks, flat_dy, _flat(dlast), flat, w, b, s, m, _flat(dx), _flat(dw), _flat(db), _flat(dstate),
+        blocks, block, length, channels, sd, sx, marks is not None, silu,
         inline=dx.numel() < _INLINE,
     )  # fmt: skip
     return dx, dw.sum(0).t().contiguous(), db.sum(0), dstate
