@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -180,12 +180,30 @@ def f32(t: torch.Tensor | None) -> np.ndarray | None:
     return array(t if t.is_contiguous() else t.contiguous())
 
 
+def words(t: torch.Tensor) -> np.ndarray:
+    """The tensor's numbers as one flat array: float32, complex64, or uint16 for bfloat16, which the vectors of `_simd`
+    understand; float16 as a float32 copy."""
+    t = t.detach()
+    t = t.to(torch.float32) if t.dtype is torch.float16 else t
+    t = t if t.is_contiguous() else t.contiguous()
+    return array(t.view(torch.uint16) if t.dtype is torch.bfloat16 else t).reshape(-1)
+
+
+def output(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor in the dtype in which a kernel can write: that of `like`, but float32 for float16."""
+    return empty(*shape, dtype=torch.float32 if like.dtype is torch.float16 else like.dtype)
+
+
 def rows(t: torch.Tensor) -> tuple[np.ndarray, tuple[int, int]]:
-    """Memory of t (B, L, C) as one array, and its strides over batch and time (0 where an axis is shared).
+    """Memory of t (B, L, C) as one array (see `words`), and its strides over batch and time (0 for a shared axis).
 
     The last axis has to be dense; a tensor in which it is not is copied.
     """
     t = t.detach().resolve_conj()
+    if t.dtype is torch.float16:
+        t = t.to(torch.float32)
+    elif t.dtype is torch.bfloat16:
+        t = t.view(torch.uint16)
     if t.shape[2] > 1 and t.stride(2) != 1:
         t = t.contiguous()
     batch, time = (0 if n == 1 else s for n, s in zip(t.shape[:2], t.stride()))

@@ -6,7 +6,8 @@ one `f32x16` is one AVX-512 register, or two of AVX2, or four of NEON, and plain
 
     h = exp2(step * a) * h + u * b     # b may be a scalar: it is broadcast
 
-Loads and stores take an array of float32 and an offset in elements; memory has to be contiguous from there on.
+Loads and stores take an array and an offset in elements; memory has to be contiguous from there on. An array of uint16
+stands for bfloat16 (NumPy has no such type): it is widened when loaded and rounded to nearest when stored.
 """
 
 from __future__ import annotations
@@ -99,8 +100,26 @@ for _function, _emit in (
     _operator(_function, _emit)
 
 
-def _is_memory(array: Any, dtype: Any) -> bool:
-    return isinstance(array, types.Array) and array.dtype == dtype and array.layout == "C"
+def _width(array: Any) -> int:
+    """Bytes of a number in memory: 4 for float32, 2 for bfloat16, 0 for what is neither."""
+    if not isinstance(array, types.Array) or array.layout != "C":
+        return 0
+    return {types.float32: 4, types.uint16: 2}.get(array.dtype, 0)
+
+
+def _widened(builder: Any, half: Any) -> Any:
+    """bfloat16 is the upper half of a float32."""
+    return builder.bitcast(builder.shl(builder.zext(half, _VI), _integers(16)), _V)
+
+
+def _rounded(builder: Any, value: Any) -> Any:
+    bits = builder.bitcast(value, _VI)
+    odd = builder.and_(builder.lshr(bits, _integers(16)), _integers(1))
+    nearest = builder.add(bits, builder.add(odd, _integers(0x7FFF)))
+    # Rounding could turn the bits of a NaN into an infinity.
+    number = builder.fcmp_ordered("==", value, value)
+    bits = builder.select(number, nearest, builder.or_(bits, _integers(0x00400000)))
+    return builder.trunc(builder.lshr(bits, _integers(16)), _VH)
 
 
 def _pointer(context: Any, builder: Any, typ: Any, array: Any, offset: Any, to: Any, width: int) -> Any:
@@ -130,43 +149,52 @@ def _fill(typingctx: Any, scalar: Any) -> Any:
 
 @intrinsic
 def _load(typingctx: Any, array: Any, offset: Any) -> Any:
-    if not _is_memory(array, types.float32):
+    if not (width := _width(array)):
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _wide(builder)
-        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
-        return builder.load(pointer, align=4)
+        to = _V if width == 4 else _VH
+        loaded = builder.load(_pointer(context, builder, sig.args[0], args[0], args[1], to, width), align=width)
+        return loaded if width == 4 else _widened(builder, loaded)
 
     return f32x16(array, types.int64), codegen
 
 
 @intrinsic
 def _store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
-    if not _is_memory(array, types.float32):
+    if not (width := _width(array)):
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
-        builder.store(args[2], pointer, align=4)
+        value = args[2] if width == 4 else _rounded(builder, args[2])
+        builder.store(value, _pointer(context, builder, sig.args[0], args[0], args[1], value.type, width), align=width)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, f32x16), codegen
 
 
+@intrinsic
+def _address(typingctx: Any, array: Any, offset: Any) -> Any:
+    if not (width := _width(array)):
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, width)
+        return builder.ptrtoint(pointer, ir.IntType(64))
+
+    return types.int64(array, types.int64), codegen
+
+
 def _prefetching(write: int) -> Any:
     @intrinsic
-    def ask(typingctx: Any, array: Any, offset: Any) -> Any:
-        if not _is_memory(array, types.float32):
-            return None
-
+    def ask(typingctx: Any, at: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
             how = [ir.Constant(_I32, v) for v in (write, 2 + write, 1)]
-            _call(builder, "llvm.prefetch.p0", ir.VoidType(), pointer, *how)
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), builder.inttoptr(args[0], _V.as_pointer()), *how)
             return context.get_dummy_value()
 
-        return types.void(array, types.int64), codegen
+        return types.void(types.int64), codegen
 
     return ask
 
@@ -181,28 +209,30 @@ def _first(builder: Any, count: Any) -> Any:
 
 @intrinsic
 def _load_part(typingctx: Any, array: Any, offset: Any, count: Any) -> Any:
-    if not _is_memory(array, types.float32):
+    if not (width := _width(array)):
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _wide(builder)
-        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
-        mask = _first(builder, args[2])
-        align = ir.Constant(_I32, 4)
-        return _call(builder, "llvm.masked.load.v16f32.p0", _V, pointer, align, mask, _constant(0.0))
+        to, name = (_V, "f32") if width == 4 else (_VH, "i16")
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], to, width)
+        mask, align, rest = _first(builder, args[2]), ir.Constant(_I32, width), ir.Constant(to, [0] * LANES)
+        loaded = _call(builder, f"llvm.masked.load.v16{name}.p0", to, pointer, align, mask, rest)
+        return loaded if width == 4 else _widened(builder, loaded)
 
     return f32x16(array, types.int64, types.int64), codegen
 
 
 @intrinsic
 def _store_part(typingctx: Any, array: Any, offset: Any, count: Any, value: Any) -> Any:
-    if not _is_memory(array, types.float32):
+    if not (width := _width(array)):
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], _V, 4)
-        mask = _first(builder, args[2])
-        _call(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), args[3], pointer, ir.Constant(_I32, 4), mask)
+        value, name = (args[3], "f32") if width == 4 else (_rounded(builder, args[3]), "i16")
+        pointer = _pointer(context, builder, sig.args[0], args[0], args[1], value.type, width)
+        mask, align = _first(builder, args[2]), ir.Constant(_I32, width)
+        _call(builder, f"llvm.masked.store.v16{name}.p0", ir.VoidType(), value, pointer, align, mask)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64, f32x16), codegen
@@ -226,7 +256,7 @@ def _total(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def _transposed(typingctx: Any, source: Any, at: Any, stride: Any, into: Any, to: Any, into_stride: Any) -> Any:
-    if not (_is_memory(source, types.float32) and _is_memory(into, types.float32)):
+    if _width(source) != 4 or _width(into) != 4:
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -353,7 +383,8 @@ load: Any = _load  # (array, offset)
 store: Any = _store  # (array, offset, lanes)
 load_part: Any = _load_part  # (array, offset, count): the first `count` lanes, zeros after them
 store_part: Any = _store_part  # (array, offset, count, lanes)
-prefetch: Any = _prefetching(0)  # (array, offset): start to bring a cache line; harmless past the end
+address: Any = _address  # (array, offset) -> int
+prefetch: Any = _prefetching(0)  # (address): start to bring a cache line; harmless past the end of an array
 prefetch_to_write: Any = _prefetching(1)
 total: Any = _total  # sum of the lanes, a float32
 exp2: Any = _exp2  # 2**x, relative error about 1e-7; x is clamped to [-126, 127], NaN stays

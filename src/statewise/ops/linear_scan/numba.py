@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _numba
-from .._simd import LANES, lanes, load, prefetch, prefetch_to_write, put, store, zeros
+from .._simd import LANES, address, lanes, load, prefetch, prefetch_to_write, put, store, zeros
 
 # Channels per task at most. Long runs of memory per time step matter most; the state of this many channels still stays
 # in the first-level cache.
@@ -87,9 +87,9 @@ def _forward_real(start, stop, worker, a, x, h0, marks, h, last, blocks, block, 
                     put(h, out + c, n - c, v)
                 continue
             for c in range(0, n, LANES):
-                prefetch(x, xt + c + ahead * sx[1])
-                prefetch(a, at + c + ahead * sa[1])
-                prefetch_to_write(h, out + c + ahead * channels)
+                prefetch(address(x, xt + c + ahead * sx[1]))
+                prefetch(address(a, at + c + ahead * sa[1]))
+                prefetch_to_write(address(h, out + c + ahead * channels))
                 v = lanes(a, at + c, n - c) * load(s, c) + lanes(x, xt + c, n - c)
                 store(s, c, v)
                 put(h, out + c, n - c, v)

@@ -17,6 +17,7 @@ from .. import _numba as common
 from .._simd import (
     LANES,
     LOG2E,
+    address,
     clamp,
     exp2,
     fill,
@@ -69,9 +70,11 @@ def _runs(marks, b, t0, steps, ends):
 
 
 @common.kernel
-def _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, want_slope):
-    """step[i, j] = step size, 0 at invalid positions; slope[i, j] = its derivative by the raw dt (only if wanted)."""
-    L, channels = dt.shape[1:]
+def _steps(dt, at, row, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, want_slope):
+    """step[i, j] = step size, 0 at invalid positions; slope[i, j] = its derivative by the raw dt (only if wanted).
+
+    The tile's raw step sizes stand in `dt` from `at` on, a row every `row` numbers.
+    """
     limited = low > -np.inf or high < np.inf
     for i in range(steps):
         if marks.size and marks[b, t0 + i] == 2:
@@ -79,9 +82,8 @@ def _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slo
             if want_slope:
                 slope[i] = _F(0)
             continue
-        row = (b * L + t0 + i) * channels + c0
         for j in range(0, w, LANES):
-            u = lanes(dt, row + j, w - j)
+            u = lanes(dt, at + i * row + j, w - j)
             if bias.size:
                 u = u + lanes(bias, c0 + j, w - j)
             d = fill(_F(1))
@@ -99,7 +101,7 @@ def _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slo
 
 
 @inlined
-def _four_states(h, a, at, step, u, out, j, bs, cs, n, N, ends, count, fresh, soon, at_soon, row):
+def _four_states(h, a, at, step, u, out, j, bs, cs, n, N, ends, count, fresh, soon, row):
     """States n ... n + 3 of sixteen channels through one tile; out += their part of the output."""
     h0, h1, h2, h3 = load(h, at), load(h, at + W), load(h, at + 2 * W), load(h, at + 3 * W)
     a0, a1, a2, a3 = load(a, at), load(a, at + W), load(a, at + 2 * W), load(a, at + 3 * W)
@@ -111,7 +113,7 @@ def _four_states(h, a, at, step, u, out, j, bs, cs, n, N, ends, count, fresh, so
             s = load(step, i * W + j)
             v = load(u, i * W + j)
             k = i * N + n
-            prefetch(soon, at_soon + i * row)
+            prefetch(soon + i * row)
             h0 = exp2(s * a0) * h0 + v * bs[k]
             h1 = exp2(s * a1) * h1 + v * bs[k + 1]
             h2 = exp2(s * a2) * h2 + v * bs[k + 2]
@@ -142,9 +144,9 @@ def _one_state(h, a, at, step, u, out, j, bs, cs, n, N, ends, count, fresh):
 
 @common.kernel
 def _forward(
-    start, stop, worker, x, dt, A, B, C, D, z, bias, state, marks, softplus_, low, high, keep, y, last, boundaries
-):
-    _, L, channels = x.shape
+    start, stop, worker, L, channels, x, xb, xl, dt, db, dl, A, B, C, D, z, zb, zl, bias, state, marks, softplus_, low,
+    high, keep, y, last, boundaries,
+):  # fmt: skip
     N = A.shape[1]
     groups = B.shape[2]
     per_group = channels // groups
@@ -188,40 +190,45 @@ def _forward(
                 h = hs[block]
                 if keep:
                     boundaries[b, block, t0 // T] = h
-                _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, False)
+                ax, ad, az = b * xb + t0 * xl + c0, b * db + t0 * dl + c0, b * zb + t0 * zl + c0
+                ay = (b * L + t0) * channels + c0
+                _steps(dt, ad, dl, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, False)
                 for i in range(steps):
-                    row = (b * L + t0 + i) * channels + c0
                     invalid = marks.size and marks[b, t0 + i] == 2
                     for j in range(0, w, LANES):
                         if invalid:
                             store(u, i * W + j, zeros())
                             store(out, i * W + j, zeros())
                         else:
-                            v = lanes(x, row + j, w - j)
+                            v = lanes(x, ax + i * xl + j, w - j)
                             store(u, i * W + j, load(step, i * W + j) * v)
                             store(out, i * W + j, lanes(D, c0 + j, w - j) * v if D.size else zeros())
                 for j in range(0, w, LANES):
-                    here = (b * L + t0) * channels + c0 + j
                     for n in range(0, N - 3, 4):
-                        soon = x if n == 0 else dt if n == 4 else z if n == 8 else y
-                        at_soon = here + T * channels if n < 12 else here
+                        # What the next tile reads and this one writes, a share with each four states.
+                        if n == 0:
+                            soon, row = address(x, ax + T * xl + j), xl * x.itemsize
+                        elif n == 4:
+                            soon, row = address(dt, ad + T * dl + j), dl * dt.itemsize
+                        elif n == 8:
+                            soon, row = address(z, az + T * zl + j), zl * z.itemsize
+                        else:
+                            soon, row = address(y, ay + j), channels * y.itemsize
                         _four_states(
-                            h, A2, n * W + j, step, u, out, j, b_flat, c_flat, n, N, ends, count, fresh,
-                            soon, at_soon, channels,
-                        )  # fmt: skip
+                            h, A2, n * W + j, step, u, out, j, b_flat, c_flat, n, N, ends, count, fresh, soon, row
+                        )
                     for n in range(N - N % 4, N):
                         _one_state(h, A2, n * W + j, step, u, out, j, b_flat, c_flat, n, N, ends, count, fresh)
                 for i in range(steps):
-                    row = (b * L + t0 + i) * channels + c0
                     invalid = marks.size and marks[b, t0 + i] == 2
                     for j in range(0, w, LANES):
                         o = load(out, i * W + j)
                         if invalid:
                             o = zeros()
                         elif z.size:
-                            gate = lanes(z, row + j, w - j)
+                            gate = lanes(z, az + i * zl + j, w - j)
                             o = o * gate * sigmoid(gate)
-                        put(y, row + j, w - j, o)
+                        put(y, ay + i * channels + j, w - j, o)
         for block in range(first, last_block):
             g = block // blocks
             c0 = g * per_group + (block % blocks) * W
@@ -323,10 +330,9 @@ def _four_adjoints(
 
 @common.kernel
 def _backward(
-    start, stop, worker, dy, dlast, x, dt, A, B, C, D, z, bias, marks, softplus_, low, high, boundaries,
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
+    start, stop, worker, L, channels, dy, dlast, x, xb, xl, dt, db, dl, A, B, C, D, z, zb, zl, bias, marks, softplus_,
+    low, high, boundaries, dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
 ):  # fmt: skip
-    _, L, channels = x.shape
     N = A.shape[1]
     N4 = (N + 3) // 4 * 4  # the states are taken four at a time; those past the last are zero and stay zero
     groups = B.shape[2]
@@ -379,7 +385,8 @@ def _backward(
             _coefficients(marks, b, t0, steps, group, B, bs)
             _coefficients(marks, b, t0, steps, group, C, cs)
             from_start[:N] = boundaries[b, block, tile]
-            _steps(dt, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, True)
+            ax, ad, az = b * xb + t0 * xl + c0, b * db + t0 * dl + c0, b * zb + t0 * zl + c0
+            _steps(dt, ad, dl, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, True)
             for i in range(steps):
                 row = (b * L + t0 + i) * channels + c0
                 invalid = marks.size and marks[b, t0 + i] == 2
@@ -393,10 +400,10 @@ def _backward(
                         store(u, m, zeros())
                         store(grad, m, zeros())
                     else:
-                        v = lanes(x, row + j, w - j)
+                        v = lanes(x, ax + i * xl + j, w - j)
                         d = lanes(dy, row + j, w - j)
                         if z.size:
-                            gate = lanes(z, row + j, w - j)
+                            gate = lanes(z, az + i * zl + j, w - j)
                             d = d * gate * sigmoid(gate)
                         store(xs, m, v)
                         store(u, m, load(step, m) * v)
@@ -439,7 +446,7 @@ def _backward(
                     put(ddt, row + j, count_, e)
                     store(dbias_block, j, load(dbias_block, j) + e)
                     if z.size:
-                        gate = lanes(z, row + j, count_)
+                        gate = lanes(z, az + i * zl + j, count_)
                         open_ = sigmoid(gate)
                         e = lanes(dy, row + j, count_) * load(pre, m)
                         put(dz, row + j, count_, e * open_ * (_F(1) + gate * (_F(1) - open_)))
@@ -505,6 +512,14 @@ def _blocks(rows: int, channels: int, groups: int) -> tuple[int, int]:
     return blocks, rows * blocks
 
 
+def _memory(t: Tensor | None):
+    """(B, L, D) as flat memory with its strides over batch and time; an absent one is empty."""
+    if t is None:
+        return _EMPTY1, 0, 0
+    memory, (batch, time) = common.rows(t)
+    return memory, batch, time
+
+
 def forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     dt_bias: Tensor | None, state: Tensor | None, marks: Tensor | None,
@@ -513,14 +528,14 @@ def forward(
     """Arguments as `statewise::selective_scan_numba` in the package's __init__; B and C are (B, L, G, N)."""
     (rows, L, channels), N, groups = x.shape, A.shape[1], B.shape[2]
     blocks, tasks = _blocks(rows, channels, groups)
-    y = common.empty(*x.shape)
+    y = common.output(x.shape, x)
     last = common.empty(rows, channels, N)
     boundaries = common.empty(rows, blocks, -(-L // T) if keep else 0, N, W)
     f = common.f32
     common.run(
-        _forward, tasks, f(x), f(dt), f(A), f(B), f(C), _or(f(D), _EMPTY1), _or(f(z), _EMPTY),
+        _forward, tasks, L, channels, *_memory(x), *_memory(dt), f(A), f(B), f(C), _or(f(D), _EMPTY1), *_memory(z),
         _or(f(dt_bias), _EMPTY1), _or(f(state), _EMPTY), _NO_MARKS if marks is None else marks.contiguous().numpy(),
-        dt_softplus, _F(low), _F(high), keep, y.numpy(), last.numpy(), boundaries.numpy(),
+        dt_softplus, _F(low), _F(high), keep, common.words(y), last.numpy(), boundaries.numpy(),
         inline=rows * L * channels * N < 100_000,
     )  # fmt: skip
     return y.to(x.dtype), last, boundaries
@@ -538,17 +553,18 @@ def backward(
     workers = 1 if inline else common.workers(tasks)
 
     empty = common.empty
-    dx, ddt, dz = empty(*x.shape), empty(*x.shape), empty(*(x.shape if z is not None else (0, 0, 0)))
+    dx, ddt, dz = (common.output(t.shape if t is not None else (0,), t if t is not None else x) for t in (x, dt, z))
     dA, dstate = empty(rows, channels, N), empty(rows, channels, N)
     dD = empty(*((rows, channels) if D is not None else (0, 0)))
     dbias = empty(*((rows, channels) if dt_bias is not None else (0, 0)))
     dB, dC = torch.zeros((2, workers, *B.shape), dtype=torch.float32)
     f = common.f32
     common.run(
-        _backward, tasks, f(dy), f(dlast), f(x), f(dt), f(A), f(B), f(C), _or(f(D), _EMPTY1), _or(f(z), _EMPTY),
-        _or(f(dt_bias), _EMPTY1), _NO_MARKS if marks is None else marks.contiguous().numpy(), dt_softplus,
-        _F(low), _F(high), boundaries.numpy(), dx.numpy(), ddt.numpy(), dA.numpy(), dB.numpy(), dC.numpy(),
-        dD.numpy(), dz.numpy(), dbias.numpy(), dstate.numpy(), inline=inline,
+        _backward, tasks, L, channels, common.words(dy), f(dlast), *_memory(x), *_memory(dt), f(A), f(B), f(C),
+        _or(f(D), _EMPTY1), *_memory(z), _or(f(dt_bias), _EMPTY1),
+        _NO_MARKS if marks is None else marks.contiguous().numpy(), dt_softplus, _F(low), _F(high),
+        boundaries.numpy(), common.words(dx), common.words(ddt), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
+        common.words(dz), dbias.numpy(), dstate.numpy(), inline=inline,
     )  # fmt: skip
 
     def like(grad: Tensor, t: Tensor | None) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _numba
-from .._simd import LANES, inlined, lanes, load, prefetch, prefetch_to_write, put, sigmoid, store, zeros
+from .._numba import words
+from .._simd import LANES, address, inlined, lanes, load, prefetch, prefetch_to_write, put, sigmoid, store, zeros
 
 _F = np.float32
 # Channels per task at most: rows and taps of a block stay in the first-level cache.
@@ -82,8 +83,8 @@ def _four(x, base, row, w, bias, channels, silu, y, to):
         o = to + c
         for _ in range(4):
             e = lanes(x, i, n)
-            prefetch(x, i + 4 * row)
-            prefetch_to_write(y, o + 4 * channels)
+            prefetch(address(x, i + 4 * row))
+            prefetch_to_write(address(y, o + 4 * channels))
             put(y, o, n, _silu(start + e * w0 + d * w1 + b * w2 + a * w3, silu))
             a, b, d = b, d, e
             i += row
@@ -216,10 +217,6 @@ def _backward(
             put(db, b * channels + c, hi - c, load(far, m) + load(near, m))
 
 
-def _flat(t: Tensor) -> np.ndarray:
-    return t.detach().contiguous().numpy().reshape(-1)
-
-
 def _shared(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, marks: Tensor | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -228,7 +225,7 @@ def _shared(
     return (
         np.from_dlpack(weight.detach().t().contiguous()).reshape(-1),
         np.zeros(channels, np.float32) if bias is None else np.from_dlpack(bias.detach().contiguous()),
-        _flat(state) if state is not None else np.zeros(batch * (taps - 1) * channels, np.float32),
+        words(state) if state is not None else np.zeros(batch * (taps - 1) * channels, np.float32),
         _NO_MARKS if marks is None else marks.contiguous().numpy(),
     )
 
@@ -245,21 +242,21 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, marks: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
     batch, length, channels = x.shape
-    y = _numba.empty(batch, length, channels)
+    y = _numba.output(x.shape, x)
     last = torch.empty(batch, weight.shape[1] - 1, channels, dtype=torch.float32)
     if batch * channels == 0:
-        return y, last
+        return y.to(x.dtype), last
     parts = 1 if y.numel() < _INLINE else max(1, min(length // 32, 4 * torch.get_num_threads() // batch))
     span = max(1, -(-length // parts))
     parts = max(1, -(-length // span))
     flat, sx = _numba.rows(x)
     w, b, s, m = _shared(x, weight, bias, state, marks)
     _numba.run(
-        _forward, batch * parts, flat, w, b, s, m, _flat(y), _flat(last), parts, span, length, channels, sx,
+        _forward, batch * parts, flat, w, b, s, m, words(y), words(last), parts, span, length, channels, sx,
         marks is not None, silu,
         inline=y.numel() < _INLINE,
     )  # fmt: skip
-    return y, last
+    return y.to(x.dtype), last
 
 
 def backward(
@@ -280,13 +277,13 @@ def backward(
     # A document start drops the slots before it, and with them the gradient.
     dstate = torch.zeros(batch, taps - 1, channels, dtype=torch.float32)
     if batch * channels == 0:
-        return dx, torch.zeros_like(weight), db.sum(0), dstate
+        return dx.to(x.dtype), torch.zeros_like(weight), db.sum(0), dstate
     tasks, blocks, block = _plan(batch, channels)
     (flat_dy, sd), (flat, sx) = _numba.rows(dy), _numba.rows(x)
     w, b, s, m = _shared(x, weight, bias, state, marks)
     _numba.run(
-        _backward, tasks, flat_dy, _flat(dlast), flat, w, b, s, m, _flat(dx), _flat(dw), _flat(db), _flat(dstate),
+        _backward, tasks, flat_dy, words(dlast), flat, w, b, s, m, words(dx), words(dw), words(db), words(dstate),
         blocks, block, length, channels, sd, sx, marks is not None, silu,
         inline=dx.numel() < _INLINE,
     )  # fmt: skip
-    return dx, dw.sum(0).t().contiguous(), db.sum(0), dstate
+    return dx.to(x.dtype), dw.sum(0).t().contiguous(), db.sum(0), dstate

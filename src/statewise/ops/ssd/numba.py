@@ -503,8 +503,8 @@ def _or(array, empty):
 
 
 def _memory(t: Tensor):
-    """A tensor (B, L, ...) whose inner axes are dense, as flat float32 memory with its strides over batch and time."""
-    memory, (batch, time) = common.rows(t.to(torch.float32).flatten(2))
+    """A tensor (B, L, ...) whose inner axes are dense, as flat memory with its strides over batch and time."""
+    memory, (batch, time) = common.rows(t.flatten(2))
     return memory, batch, time
 
 
@@ -514,15 +514,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Arguments as `statewise::ssd_numba` in the package's __init__."""
     (rows, L, H, P), (G, N) = x.shape, B.shape[2:]
-    y, last = common.empty(*x.shape), common.empty(rows, H, P, N)
+    y, last = common.output(x.shape, x), common.empty(rows, H, P, N)
     boundaries = common.empty(rows, -(-L // chunk) if keep else 0, H, P, N)
     f = common.f32
     common.run(
         _forward, rows * H, *_memory(x), f(dt), f(A), *_memory(B), *_memory(C), _or(f(D), _NONE2).reshape(-1),
         _or(f(state), _NONE4), _NO_MARKS if marks is None else marks.contiguous().numpy(), chunk, P, N, G, keep,
-        y.numpy().reshape(-1), last.numpy(), boundaries.numpy(), inline=rows * L * H * P * N < 500_000,
+        common.words(y), last.numpy(), boundaries.numpy(), inline=rows * L * H * P * N < 500_000,
     )  # fmt: skip
-    return y, last, boundaries
+    return y.to(x.dtype), last, boundaries
 
 
 def backward(
@@ -534,13 +534,19 @@ def backward(
     inline = rows * L * H * P * N < 250_000
     workers = 1 if inline else common.workers(rows * H)
     empty = common.empty
-    dx, ddt, dA, dD, dstate = empty(*x.shape), empty(*dt.shape), empty(rows, H), empty(rows, H, P), empty(rows, H, P, N)
+    dx, ddt, dA, dD, dstate = (
+        common.output(x.shape, x),
+        empty(*dt.shape),
+        empty(rows, H),
+        empty(rows, H, P),
+        empty(rows, H, P, N),
+    )
     dB, dC = torch.zeros((2, workers, *B.shape), dtype=torch.float32)
     f = common.f32
     common.run(
-        _backward, rows * H, f(dy).reshape(-1), f(dlast), *_memory(x), f(dt), f(A), *_memory(B), *_memory(C),
+        _backward, rows * H, common.words(dy), f(dlast), *_memory(x), f(dt), f(A), *_memory(B), *_memory(C),
         _or(f(D), _NONE2).reshape(-1), _NO_MARKS if marks is None else marks.contiguous().numpy(), boundaries.numpy(),
-        chunk, P, N, G, dx.numpy().reshape(-1), ddt.numpy().reshape(-1), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
+        chunk, P, N, G, common.words(dx), ddt.numpy().reshape(-1), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
         dstate.numpy(), inline=inline,
     )  # fmt: skip
 
