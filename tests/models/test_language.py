@@ -10,6 +10,8 @@ import torch
 import statewise
 from statewise.models import create_model, list_models, load, model_card, parameter_count
 from statewise.models.language import LanguageModel
+from statewise.state import leaves
+from statewise.testing import assert_agree
 
 
 def tiny(**changes) -> LanguageModel:
@@ -26,6 +28,18 @@ def test_hybrid_pattern_repeats():
     model = tiny(n_layer=4, mixer=["mamba", "attention"])
     kinds = [type(block.mixer).__name__ for block in model.blocks]
     assert kinds == ["Mamba", "Attention", "Mamba", "Attention"]
+
+
+def test_prefill_is_the_end_of_extend():
+    model = tiny().eval()
+    tokens = torch.randint(0, 61, (3, 9))
+    state = model.extend(tokens[:, :4], model.init_state(3))[1]
+    with torch.no_grad():
+        logits, want = model.extend(tokens[:, 4:], state)
+        last, got = model.prefill(tokens[:, 4:], state)
+    assert_agree(last, logits[:, -1], "logits", 9)
+    for (name, a), (_, b) in zip(leaves(got), leaves(want)):
+        assert_agree(a, b, name, 9)
 
 
 def test_residual_outputs_shrink_with_depth():

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from statewise import ops
-from statewise.ops.lti import ALGORITHMS, cases, forms, reference
+from statewise.ops.lti import ALGORITHMS, cases, convolution, reference
 from statewise.segments import Segments
 from statewise.testing import assert_agree, assert_no_worse
 
@@ -301,4 +301,35 @@ def test_convolution_errors():
 def test_fast_lengths():
     sizes = sorted(2**i * 3**j * 5**k for i in range(1, 14) for j in range(9) for k in range(6))
     for n in range(1, 3000):
-        assert forms.fast_length(n) == next(s for s in sizes if s >= n), n
+        assert convolution.fast_length(n) == next(s for s in sizes if s >= n), n
+
+
+# ---- the long convolution's kernels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "width", "taps"),
+    [(1, 1, 3, 1), (2, 5, 20, 5), (3, 100, 17, 40), (2, 1000, 16, 1000), (5, 2049, 33, 2049)],
+)
+def test_kernels_are_as_good_as_plain_transforms(batch, length, width, taps):
+    u, dy = torch.randn(2, batch, length, width)
+    kernel = torch.randn(width, taps) / taps**0.5
+
+    def run(dtype, backend):
+        given = [t.to(dtype).requires_grad_() for t in (u, kernel)]
+        y = ops.lti_conv(*given, backend=backend)
+        return y, *torch.autograd.grad(y, given, dy.to(dtype))
+
+    fast, plain, exact = run(torch.float32, "numba"), run(torch.float32, "reference"), run(F64, "reference")
+    for name, *results in zip(("y", "du", "dkernel"), fast, plain, exact):
+        assert_no_worse(*results, 3.0, name)
+
+
+def test_kernels_are_operators():
+    u, kernel = torch.randn(3, 20, 5, requires_grad=True), torch.randn(5, 20, requires_grad=True)
+    torch.library.opcheck(convolution._forward, (u, kernel))
+
+
+def test_rows_too_long_for_the_kernels_are_said_to_be():
+    reasons = convolution.reasons(torch.empty(1, 1, 70_000), torch.empty(1, 70_000))
+    assert "65536 positions, got 70000" in reasons["numba"]

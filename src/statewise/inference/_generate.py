@@ -92,7 +92,8 @@ def generate(
     """Continue prompts, one token per row at a time.
 
     Args:
-        model: has `init_state`, `extend` and `step`, as every causal model here; put it in eval mode first.
+        model: has `init_state`, `extend` and `step`, as every causal model here, and perhaps `prefill`, which is then
+            used for the prompts; put it in eval mode first.
         prompts: (B, L) tokens, or B lists of tokens of any lengths (padded on the left; the padding changes nothing).
         max_tokens: tokens to make per row.
         temperature: divides the logits; 0 takes the likeliest token each time.
@@ -118,8 +119,11 @@ def generate(
         return
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     state = model.init_state(len(tokens), capacity=tokens.shape[1] + max_tokens, device=device)
-    logits, state = model.extend(tokens, state, seg)
-    logits = logits[:, -1]
+    if hasattr(model, "prefill"):
+        logits, state = model.prefill(tokens, state, seg)
+    else:
+        logits, state = model.extend(tokens, state, seg)
+        logits = logits[:, -1]
     seen = torch.zeros_like(logits, dtype=torch.bool)
     if seg is None or seg.valid is None:
         seen.scatter_(1, tokens, True)

@@ -1,4 +1,4 @@
-"""What the Numba kernels share: a vectorisable exp2 and softplus pieces, and a thread pool.
+"""What the Numba kernels share: how they are compiled, a thread pool, and the way from tensors to memory.
 
 Why not Numba's own `parallel=True`: its default threading layer aborts the process when two Python threads launch
 kernels at once, and its pool does not survive a fork. Kernels here are `nogil` functions over a range of blocks; the
@@ -13,14 +13,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
+
+from . import _deterministic
 
 # "contract" lets LLVM fuse a*b+c, which only removes a rounding. Nothing else of fast-math is on by default:
 # infinities and NaN must stay visible.
@@ -29,64 +27,6 @@ kernel = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="
 reducing_kernel = numba.njit(
     nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", boundscheck=False
 )
-
-LOG2E = np.float32(1.4426950408889634)
-
-# Minimax coefficients of (2^f - 1) / f on [-1/2, 1/2]; the relative error they leave in 2^f is 2e-9, far below float32.
-_EXP2 = (
-    0.693147202855128,
-    0.24022647913619674,
-    0.05550332471026881,
-    0.009618437358302156,
-    0.0013398874445391777,
-    0.00015353361813074014,
-)
-
-
-def _emit_exp2(builder, x):
-    """LLVM IR of 2**x for float32: straight-line code, so that a loop over it becomes vector instructions.
-
-    x is clamped to [-126, 127]: below, the result is 2^-126 (about 1e-38) instead of a denormal or zero.
-    """
-    f32, i32 = ir.FloatType(), ir.IntType(32)
-
-    def const(value):
-        return ir.Constant(f32, float(np.float32(value)))
-
-    def call(name, *args):
-        fn = builder.module.declare_intrinsic(name, [f32])
-        return builder.call(fn, list(args))
-
-    # minnum/maxnum would turn NaN into a number; ordered compares with select keep it.
-    low = builder.fcmp_ordered("<", x, const(-126.0))
-    x = builder.select(low, const(-126.0), x)
-    high = builder.fcmp_ordered(">", x, const(127.0))
-    x = builder.select(high, const(127.0), x)
-    whole = call("llvm.rint", x)
-    f = builder.fsub(x, whole)
-    p = const(_EXP2[5])
-    fma_type = ir.FunctionType(f32, [f32, f32, f32])
-    fma = builder.module.declare_intrinsic("llvm.fmuladd", [f32], fma_type)
-    for c in reversed(_EXP2[:5]):
-        p = builder.call(fma, [p, f, const(c)])
-    p = builder.call(fma, [p, f, const(1.0)])
-    exponent = builder.fptosi(whole, i32)
-    bits = builder.shl(builder.add(exponent, ir.Constant(i32, 127)), ir.Constant(i32, 23))
-    return builder.fmul(p, builder.bitcast(bits, f32))
-
-
-@intrinsic
-def _exp2(typingctx, x):
-
-    def codegen(context, builder, signature, args):
-        return _emit_exp2(builder, args[0])
-
-    return types.float32(types.float32), codegen
-
-
-# 2**x in float32, vectorisable; relative error about 1e-7. (An intrinsic takes a hidden first argument: hence Any.)
-exp2: Any = _exp2
-
 
 _pool: ThreadPoolExecutor | None = None
 _pool_threads = 0
@@ -109,8 +49,14 @@ def _executor(threads: int) -> ThreadPoolExecutor:
     return _pool
 
 
+# Into how many ranges work is cut inside `statewise.deterministic`, whatever the number of threads.
+_SHARES = 8
+
+
 def workers(blocks: int) -> int:
-    """How many threads `run` will use for this many blocks."""
+    """Into how many ranges `run` will cut this many blocks: one a thread."""
+    if _deterministic.active():
+        return max(1, min(_SHARES, blocks))
     return max(1, min(torch.get_num_threads(), blocks))
 
 
@@ -124,7 +70,12 @@ def run(function, blocks: int, *args, inline: bool = False) -> None:
         function(0, blocks, 0, *args)
         return
     bounds = [w * blocks // count for w in range(count + 1)]
-    pool = _executor(count - 1)
+    threads = min(torch.get_num_threads(), count)
+    if threads == 1:
+        for w in range(count):
+            function(bounds[w], bounds[w + 1], w, *args)
+        return
+    pool = _executor(threads - 1)
     tasks = [pool.submit(function, bounds[w], bounds[w + 1], w, *args) for w in range(1, count)]
     function(bounds[0], bounds[1], 0, *args)
     for task in tasks:
@@ -217,8 +168,10 @@ def split(rows: int, width: int, limit: int) -> int:
 
     As few as give every thread the same share: a wide block reads memory in long runs.
     """
-    threads = torch.get_num_threads()
     count = max(1, -(-width // limit))
+    if _deterministic.active():
+        return count  # so that a channel has the same place in its block whatever the batch
+    threads = torch.get_num_threads()
     while rows * count < 4 * threads and rows * count % threads and width // count > 64:
         count += 1
     return count

@@ -315,6 +315,14 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return _call(builder, "llvm.fmuladd.v16f32", _V, a, b, c)
 
 
+@intrinsic
+def _multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _fma(builder, *args)
+
+    return f32x16(f32x16, f32x16, f32x16), codegen
+
+
 def _clamp(builder: Any, x: Any, low: Any, high: Any) -> Any:
     # Ordered compares keep NaN, unlike the minimum and maximum of LLVM.
     x = builder.select(builder.fcmp_ordered("<", x, low), low, x)
@@ -388,6 +396,9 @@ prefetch: Any = _prefetching(0)  # (address): start to bring a cache line; harml
 prefetch_to_write: Any = _prefetching(1)
 total: Any = _total  # sum of the lanes, a float32
 exp2: Any = _exp2  # 2**x, relative error about 1e-7; x is clamped to [-126, 127], NaN stays
+# (a, b, c): a b + c. Whether it is fused is decided by the processor alone. The optimiser fuses a product and a sum or
+# does not, and may decide differently in another loop.
+multiply_add: Any = _multiply_add
 clamp: Any = _clamped  # (x, low, high); NaN stays
 if_inside: Any = _outside  # (x, low, high, value, other): value where low <= x <= high, else other
 magnitude: Any = _magnitude

@@ -18,12 +18,13 @@ from ...blocks import GatedMLP, ResidualBlock
 from ...mixers.base import Causal, CausalMixer
 from ...mixers.layers import RMSNorm
 from ...segments import Segments
-from ...state import State
+from ...state import State, exportable
 from .._weights import Pretrained
 
 MixerSpec = str | Mapping[str, Any]
 
 
+@exportable
 class LanguageState(NamedTuple):
     layers: tuple[State, ...]  # one state per call of a mixer, first layer first
 
@@ -142,7 +143,9 @@ class LanguageModel(Causal, Pretrained):
             tuple(block.init_state(batch, capacity=capacity, device=device, dtype=dtype) for block in self.blocks)
         )
 
-    def _run(self, x: Tensor, state: LanguageState | None, seg: Segments | None) -> tuple[Tensor, LanguageState]:
+    def _body(
+        self, x: Tensor, state: LanguageState | None, seg: Segments | None, last: bool
+    ) -> tuple[Tensor, LanguageState]:
         if x.ndim != 2 or x.is_floating_point() or x.dtype == torch.bool:
             raise ValueError(f"LanguageModel: tokens: want integers (B, L), got {x.dtype} {tuple(x.shape)}")
         x = self.embedding(x)
@@ -152,7 +155,20 @@ class LanguageModel(Causal, Pretrained):
         for i, block in enumerate(self.blocks):
             x, block_state = block._run(x, None if state is None else state.layers[i], seg)
             states.append(block_state)
-        x = self.norm_f(x.to(self.norm_f.weight.dtype))
+        x = self.norm_f((x[:, -1:] if last else x).to(self.norm_f.weight.dtype))
         weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
         logits = linear(x, weight)[..., : self.vocab_size]
         return logits, LanguageState(tuple(states))
+
+    def _run(self, x: Tensor, state: LanguageState | None, seg: Segments | None) -> tuple[Tensor, LanguageState]:
+        return self._body(x, state, seg, last=False)
+
+    def prefill(
+        self, tokens: Tensor, state: LanguageState, seg: Segments | None = None
+    ) -> tuple[Tensor, LanguageState]:
+        """`extend` for a prompt (B, L), L > 0, of which only the end matters: logits (B, V) after the last position.
+
+        The output head is the largest matrix of a small model; here it serves one position instead of L.
+        """
+        logits, state = self._body(tokens, state, seg, last=True)
+        return logits.squeeze(1), state

@@ -34,7 +34,7 @@ from .._simd import (
     zeros,
 )
 
-W = 128  # channels of a block
+W = 128  # channels of a block at most
 T = 32  # positions of a tile
 
 _F = np.float32
@@ -67,6 +67,17 @@ def _runs(marks, b, t0, steps, ends):
                 count += 1
     ends[count] = steps
     return count + 1
+
+
+@inlined
+def _padded(channels):
+    return (channels + LANES - 1) // LANES * LANES
+
+
+@inlined
+def _boundary(b, tile, tiles, g, groups, N, per_group):
+    """Where the states (N, channels of a group) at the start of a tile are kept."""
+    return ((b * tiles + tile) * groups + g) * N * _padded(per_group)
 
 
 @common.kernel
@@ -144,13 +155,13 @@ def _one_state(h, a, at, step, u, out, j, bs, cs, n, N, ends, count, fresh):
 
 @common.kernel
 def _forward(
-    start, stop, worker, L, channels, x, xb, xl, dt, db, dl, A, B, C, D, z, zb, zl, bias, state, marks, softplus_, low,
-    high, keep, y, last, boundaries,
+    start, stop, worker, width, L, channels, x, xb, xl, dt, db, dl, A, B, C, D, z, zb, zl, bias, state, marks,
+    softplus_, low, high, keep, y, last, boundaries,
 ):  # fmt: skip
     N = A.shape[1]
     groups = B.shape[2]
     per_group = channels // groups
-    blocks = (per_group + W - 1) // W
+    blocks = (per_group + width - 1) // width
     A2s = np.zeros((groups * blocks, N, W), np.float32)
     hs = np.zeros((groups * blocks, N, W), np.float32)
     step = np.zeros((T, W), np.float32)
@@ -170,8 +181,8 @@ def _forward(
         task += last_block - first
         for block in range(first, last_block):
             g = block // blocks
-            c0 = g * per_group + (block % blocks) * W
-            for j in range(min(W, (g + 1) * per_group - c0)):
+            c0 = g * per_group + (block % blocks) * width
+            for j in range(min(width, (g + 1) * per_group - c0)):
                 for n in range(N):
                     A2s[block, n, j] = A[c0 + j, n] * LOG2E
                     hs[block, n, j] = state[b, c0 + j, n] if state.size else _F(0)
@@ -181,15 +192,18 @@ def _forward(
             fresh = marks.size and marks[b, t0] == 1
             for block in range(first, last_block):
                 g = block // blocks
-                c0 = g * per_group + (block % blocks) * W
-                w = min(W, (g + 1) * per_group - c0)
+                c0 = g * per_group + (block % blocks) * width
+                w = min(width, (g + 1) * per_group - c0)
                 if block == first or block % blocks == 0:
                     _coefficients(marks, b, t0, steps, g, B, bs)
                     _coefficients(marks, b, t0, steps, g, C, cs)
                 A2 = A2s[block]
                 h = hs[block]
                 if keep:
-                    boundaries[b, block, t0 // T] = h
+                    at = _boundary(b, t0 // T, (L + T - 1) // T, g, groups, N, per_group) + c0 - g * per_group
+                    for n in range(N):
+                        for j in range(0, w, LANES):
+                            store(boundaries, at + n * _padded(per_group) + j, load(h, n * W + j))
                 ax, ad, az = b * xb + t0 * xl + c0, b * db + t0 * dl + c0, b * zb + t0 * zl + c0
                 ay = (b * L + t0) * channels + c0
                 _steps(dt, ad, dl, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, False)
@@ -231,8 +245,8 @@ def _forward(
                         put(y, ay + i * channels + j, w - j, o)
         for block in range(first, last_block):
             g = block // blocks
-            c0 = g * per_group + (block % blocks) * W
-            for j in range(min(W, (g + 1) * per_group - c0)):
+            c0 = g * per_group + (block % blocks) * width
+            for j in range(min(width, (g + 1) * per_group - c0)):
                 for n in range(N):
                     last[b, c0 + j, n] = hs[block, n, j]
 
@@ -330,14 +344,14 @@ def _four_adjoints(
 
 @common.kernel
 def _backward(
-    start, stop, worker, L, channels, dy, dlast, x, xb, xl, dt, db, dl, A, B, C, D, z, zb, zl, bias, marks, softplus_,
-    low, high, boundaries, dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
+    start, stop, worker, width, L, channels, dy, dlast, x, xb, xl, dt, db, dl, A, B, C, D, z, zb, zl, bias, marks,
+    softplus_, low, high, boundaries, dx, ddt, dA, dB, dC, dD, dz, dbias, dstate,
 ):  # fmt: skip
     N = A.shape[1]
     N4 = (N + 3) // 4 * 4  # the states are taken four at a time; those past the last are zero and stay zero
     groups = B.shape[2]
     per_group = channels // groups
-    blocks = (per_group + W - 1) // W
+    blocks = (per_group + width - 1) // width
     A1 = np.zeros((N4, W), np.float32)
     A2 = np.zeros((N4, W), np.float32)
     g = np.zeros((N4, W), np.float32)
@@ -364,9 +378,8 @@ def _backward(
     for task in range(start, stop):
         b = task // (groups * blocks)
         group = (task // blocks) % groups
-        block = task % (groups * blocks)
-        c0 = group * per_group + (task % blocks) * W
-        w = min(W, (group + 1) * per_group - c0)
+        c0 = group * per_group + (task % blocks) * width
+        w = min(width, (group + 1) * per_group - c0)
         A1[:] = _F(0)
         g[:] = _F(0)
         dA_block[:] = _F(0)
@@ -384,7 +397,10 @@ def _backward(
             fresh = marks.size and marks[b, t0] == 1
             _coefficients(marks, b, t0, steps, group, B, bs)
             _coefficients(marks, b, t0, steps, group, C, cs)
-            from_start[:N] = boundaries[b, block, tile]
+            at = _boundary(b, tile, (L + T - 1) // T, group, groups, N, per_group) + c0 - group * per_group
+            for n in range(N):
+                for j in range(0, w, LANES):
+                    store(from_start, n * W + j, load(boundaries, at + n * _padded(per_group) + j))
             ax, ad, az = b * xb + t0 * xl + c0, b * db + t0 * dl + c0, b * zb + t0 * zl + c0
             _steps(dt, ad, dl, bias, softplus_, low, high, b, t0, c0, steps, w, marks, step, slope, True)
             for i in range(steps):
@@ -506,10 +522,11 @@ def _or(array, empty):
     return empty if array is None else array
 
 
-def _blocks(rows: int, channels: int, groups: int) -> tuple[int, int]:
-    """(channel blocks of a row, tasks in all)."""
-    blocks = groups * -(-(channels // groups) // W)
-    return blocks, rows * blocks
+def _tasks(rows: int, channels: int, groups: int) -> tuple[int, int]:
+    """(tasks, channels of a block): narrower blocks where wide ones would leave threads without work."""
+    share = rows * channels // torch.get_num_threads()
+    width = min(W, max(LANES, share // LANES * LANES))
+    return rows * groups * -(-(channels // groups) // width), width
 
 
 def _memory(t: Tensor | None):
@@ -527,15 +544,16 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Arguments as `statewise::selective_scan_numba` in the package's __init__; B and C are (B, L, G, N)."""
     (rows, L, channels), N, groups = x.shape, A.shape[1], B.shape[2]
-    blocks, tasks = _blocks(rows, channels, groups)
+    tasks, width = _tasks(rows, channels, groups)
     y = common.output(x.shape, x)
     last = common.empty(rows, channels, N)
-    boundaries = common.empty(rows, blocks, -(-L // T) if keep else 0, N, W)
+    boundaries = common.empty(rows, -(-L // T) if keep else 0, groups, N, -(-channels // groups // LANES) * LANES)
     f = common.f32
     common.run(
-        _forward, tasks, L, channels, *_memory(x), *_memory(dt), f(A), f(B), f(C), _or(f(D), _EMPTY1), *_memory(z),
-        _or(f(dt_bias), _EMPTY1), _or(f(state), _EMPTY), _NO_MARKS if marks is None else marks.contiguous().numpy(),
-        dt_softplus, _F(low), _F(high), keep, common.words(y), last.numpy(), boundaries.numpy(),
+        _forward, tasks, width, L, channels, *_memory(x), *_memory(dt), f(A), f(B), f(C), _or(f(D), _EMPTY1),
+        *_memory(z), _or(f(dt_bias), _EMPTY1), _or(f(state), _EMPTY),
+        _NO_MARKS if marks is None else marks.contiguous().numpy(), dt_softplus, _F(low), _F(high),
+        keep, common.words(y), last.numpy(), common.words(boundaries),
         inline=rows * L * channels * N < 100_000,
     )  # fmt: skip
     return y.to(x.dtype), last, boundaries
@@ -548,7 +566,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, dt_bias, state, in the dtypes of the inputs; empty for absent inputs."""
     (rows, L, channels), N, groups = x.shape, A.shape[1], B.shape[2]
-    _, tasks = _blocks(rows, channels, groups)
+    tasks, width = _tasks(rows, channels, groups)
     inline = rows * L * channels * N < 50_000
     workers = 1 if inline else common.workers(tasks)
 
@@ -560,10 +578,10 @@ def backward(
     dB, dC = torch.zeros((2, workers, *B.shape), dtype=torch.float32)
     f = common.f32
     common.run(
-        _backward, tasks, L, channels, common.words(dy), f(dlast), *_memory(x), *_memory(dt), f(A), f(B), f(C),
+        _backward, tasks, width, L, channels, common.words(dy), f(dlast), *_memory(x), *_memory(dt), f(A), f(B), f(C),
         _or(f(D), _EMPTY1), *_memory(z), _or(f(dt_bias), _EMPTY1),
         _NO_MARKS if marks is None else marks.contiguous().numpy(), dt_softplus, _F(low), _F(high),
-        boundaries.numpy(), common.words(dx), common.words(ddt), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
+        common.words(boundaries), common.words(dx), common.words(ddt), dA.numpy(), dB.numpy(), dC.numpy(), dD.numpy(),
         common.words(dz), dbias.numpy(), dstate.numpy(), inline=inline,
     )  # fmt: skip
 

@@ -567,9 +567,8 @@ def step(
     y, new = common.empty(*x.shape), common.empty(rows, H, P, N)
     f = common.f32
     common.run(
-        _step, rows * H, f(x).reshape(-1), f(dt), f(A), f(B).reshape(-1), f(C).reshape(-1),
-        _or(f(D), _NONE2).reshape(-1), _or(f(state), _NONE4).reshape(-1), P, N, G, y.numpy().reshape(-1),
-        new.numpy().reshape(-1),
+        _step, rows * H, common.words(x.to(torch.float32)), f(dt), f(A), common.words(B), common.words(C),
+        _or(f(D), _NONE2).reshape(-1), _or(f(state), _NONE4).reshape(-1), P, N, G, common.words(y), common.words(new),
         inline=rows * H * P * N < 1_000_000,
     )  # fmt: skip
     return y, new
