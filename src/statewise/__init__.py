@@ -9,12 +9,19 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .models import create_model, list_models, load
+    from .ops._deterministic import deterministic
     from .segments import Segments
 
-__all__ = ["Segments", "__version__", "create_model", "list_models", "load"]
+__all__ = ["Segments", "__version__", "create_model", "deterministic", "list_models", "load"]
 
 # Imported when first named: `statewise --help` should not wait for torch.
-_LAZY = {"Segments": "segments", "create_model": "models", "list_models": "models", "load": "models"}
+_LAZY = {
+    "Segments": "segments",
+    "create_model": "models",
+    "deterministic": "ops._deterministic",
+    "list_models": "models",
+    "load": "models",
+}
 _MODULES = ("blocks", "inference", "maths", "mixers", "models", "ops", "recipes", "state", "testing", "training")
 
 

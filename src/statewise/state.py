@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 State = Any  # a Tensor, None, or a (named) tuple of States
+_Class = TypeVar("_Class", bound=type)
+
+
+def exportable(cls: _Class) -> _Class:
+    """Class decorator for a state that is a NamedTuple: torch.export can then save programs that take or return it.
+
+    The name in the saved program is `module.class`, so a program is read back where that module can be imported.
+    """
+    torch.serialization.add_safe_globals([cls])  # a program holds the example state it was made with
+    _pytree._register_namedtuple(cls, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+    return cls
 
 
 def _rebuild(like: tuple, parts: Sequence) -> tuple:

@@ -72,8 +72,8 @@ def test_documents_and_padding(options):
         assert_zero(g[~valid], "gradient at padding")
         assert bool(torch.isfinite(g).all())
     if options.get("causal", True):
-        assert end.valid.sum(1).tolist() == [2, min(6, options.get("window", 99) - 1), 0]
-        assert bool((end.valid.long().diff(dim=1) >= 0).all()), "unused slots stand on the left"
+        assert end.live.sum(1).tolist() == [2, min(6, options.get("window", 99) - 1), 0]
+        assert bool((end.live.long().diff(dim=1) >= 0).all()), "unused slots stand on the left"
         assert end.position.tolist() == [2, 6, 0]
 
 
@@ -116,7 +116,7 @@ def test_buffer_keeps_its_size_and_refuses_to_forget():
         assert kept.k.shape[1] == 6
         ys.append(y)
     assert_agree(torch.cat(ys, 1), whole, "y", 6)
-    assert kept.valid.all()
+    assert kept.live.all()
     with pytest.raises(ValueError, match="capacity 6 is full"):
         attention(q[:, :1], k[:, :1], v[:, :1], state=kept)
     with pytest.raises(ValueError, match="capacity 3 is full"):

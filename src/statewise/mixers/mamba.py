@@ -13,10 +13,12 @@ from ..ops._dt import decay_rate
 from ..ops.selective_scan import selective_scan, selective_scan_matrix
 from ..ops.short_conv import short_conv
 from ..segments import Segments
+from ..state import exportable
 from .base import CausalMixer, HasMixing, Mixing, check_input
 from .layers import ShortConv
 
 
+@exportable
 class MambaState(NamedTuple):
     conv: Tensor  # (B, K-1, D_in): last valid inputs of the convolution, oldest first
     ssm: Tensor  # (B, D_in, N)

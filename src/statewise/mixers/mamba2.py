@@ -12,10 +12,12 @@ from ..ops._dt import decay_rate
 from ..ops.short_conv import short_conv
 from ..ops.ssd import ssd, ssd_matrix
 from ..segments import Segments
+from ..state import exportable
 from .base import CausalMixer, HasMixing, Mixing, check_input
 from .layers import GatedRMSNorm, ShortConv
 
 
+@exportable
 class Mamba2State(NamedTuple):
     conv: Tensor  # (B, K-1, D_in + 2 G N): last valid inputs of the convolution, oldest first
     ssm: Tensor  # (B, H, P, N)

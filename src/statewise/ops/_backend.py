@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
+
+from . import _deterministic
 
 BACKENDS = ("triton", "numba", "reference")
 
@@ -31,6 +34,13 @@ _environment: str | None = os.environ.get("STATEWISE_BACKEND") or None
 if _environment is not None:
     _known(_environment, "environment variable STATEWISE_BACKEND")
 _forced: str | None = None
+# A look-up only: importing Triton takes long and is left to the first kernel.
+_has_triton = find_spec("triton") is not None
+# Triton itself looks at this when a kernel is defined; it then runs kernels in Python, on tensors of any device.
+_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+_UNORDERED = "statewise.deterministic() is on, and the order of its additions depends on shapes"
 
 
 @contextmanager
@@ -55,6 +65,10 @@ def resolve(op: str, reasons: Mapping[str, str | None], requested: str | None = 
             the reason why not.
         requested: the call's `backend=` argument.
     """
+    if _deterministic.active():
+        # Plain PyTorch, which `deterministic` puts in order operator by operator, where the op has no kernel for CPU.
+        ordered = "numba" if "numba" in reasons else "reference"
+        reasons = {name: reason or (None if name == ordered else _UNORDERED) for name, reason in reasons.items()}
     explicit = requested or _forced or _environment
     if explicit is None:
         for name, reason in reasons.items():
@@ -78,3 +92,21 @@ def numba_reason(*tensors: torch.Tensor | None) -> str | None:
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"Numba kernels compute in float32, got {t.dtype} (the reference keeps it)"
     return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (environment variable TRITON_INTERPRET), also on CPU."""
+    return _interpreted
+
+
+def triton_reason(*tensors: torch.Tensor | None) -> str | None:
+    """Why the Triton GPU kernels cannot serve these tensors, or None if they can."""
+    for t in tensors:
+        if t is None:
+            continue
+        device = t.device.type
+        if device != "cuda" and not (device == "cpu" and _interpreted):
+            return f"Triton kernels run on CUDA tensors, got one on {device}"
+        if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"Triton kernels compute in float32, got {t.dtype} (the reference keeps it)"
+    return None if _has_triton else "triton is not installed: pip install statewise[gpu]"

@@ -64,6 +64,21 @@ def same_kind(op: str, first: tuple[str, Tensor], **others: Tensor | None) -> No
             )
 
 
+def known(condition: bool) -> bool:
+    """`condition` on sizes; False where it is open in a program that is being made for many sizes, and so not a reason
+    for that program to be made for some of them only."""
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return condition
+
+
+def undecided(size: int, least: int) -> bool:
+    """Whether it is open if size >= least, in a program that is being made for many sizes."""
+    return torch.compiler.is_compiling() and not known(size >= least) and not known(size < least)
+
+
 def segments(op: str, seg: Segments | None, batch: int, length: int, device: torch.device) -> None:
     if seg is None:
         return

@@ -15,15 +15,18 @@ import torch
 
 _library = torch.library.Library("statewise", "FRAGMENT")
 
+# Triton kernels take CPU tensors under Triton's interpreter only: `triton_reason` keeps others away.
+TRITON = ("CUDA", "CPU")
 
-def operator(schema: str, implementation: str, fake: Callable, *, device: str = "CPU") -> Any:
+
+def operator(schema: str, implementation: str, fake: Callable, *, device: str | tuple[str, ...] = "CPU") -> Any:
     """Define `statewise::<name>` and return it.
 
     Args:
         schema: the torch.library schema, e.g. `"twice(Tensor x) -> Tensor"`.
         implementation: `"package.module:function"`, imported on the first call.
         fake: the same signature; returns empty tensors of the right shape, dtype and device.
-        device: dispatch key that the kernel serves.
+        device: dispatch key that the kernel serves, or several: TRITON for Triton kernels.
     """
     name = schema.split("(", 1)[0]
     module, function = implementation.split(":")
@@ -32,10 +35,15 @@ def operator(schema: str, implementation: str, fake: Callable, *, device: str = 
     def run(*args, **kwargs):
         if not loaded:
             loaded.append(getattr(import_module(module), function))
-        return loaded[0](*args, **kwargs)
+        if not args[0].is_cuda:
+            return loaded[0](*args, **kwargs)
+        # Triton launches on the current device, whatever device its arguments are on.
+        with torch.cuda.device(args[0].device):
+            return loaded[0](*args, **kwargs)
 
     _library.define(schema)
-    _library.impl(name, run, device)
+    for key in (device,) if isinstance(device, str) else device:
+        _library.impl(name, run, key)
     torch.library.register_fake(f"statewise::{name}", fake, lib=_library)
     return getattr(torch.ops.statewise, name).default
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...segments import Segments
-from .. import _checks
-from .._backend import resolve
+from .. import _checks, _deterministic
+from .._backend import BackendError, numba_reason, resolve
 from .._spec import OpSpec, register
-from . import reference
+from . import fixed, reference
 from .reference import KVBuffer, KVState
 
 __all__ = [
@@ -66,7 +66,11 @@ def attention(
     Source: Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023.
     """
     _check(q, k, v, state, seg, causal, window)
-    resolve(_OP, reasons(q, k, v), backend)
+    ordered = _deterministic.active()
+    if ordered and (reason := numba_reason(q, k, v)):
+        raise BackendError(f"{_OP}: inside statewise.deterministic() only a kernel on CPU serves: {reason}")
+    if not ordered:
+        resolve(_OP, reasons(q, k, v), backend)
     length = q.shape[1]
     state = _empty(k) if state is None else state
     if seg is not None:
@@ -82,27 +86,25 @@ def attention(
         return q.to(v.dtype), new
 
     held = state.k.shape[1]
-    plain = held == 0 and seg is None and (window is None or window >= length)
+    plain = not ordered and held == 0 and seg is None and (window is None or _checks.known(window >= length))
     seen, is_causal = None, False
     if plain:
         is_causal = causal
     else:
-        cached = state.valid if held else None
+        cached = state.live if held else None
         seen = reference.mask(length, cached, where, causal=causal, window=window, device=q.device)[:, None]
     # A cache that is kept more exactly than the inputs is not rounded on every call: that costs a copy of all of it.
     dtype, wide = v.dtype, torch.promote_types(v.dtype, state.k.dtype) if held else v.dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if held:
         k, v = line if wide == state.k.dtype else reference.append(state, k, v, wide)
-    y = scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=seen,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if ordered and seen is not None:
+        y = fixed.attend(q, k, v, seen, q.shape[-1] ** -0.5 if scale is None else scale)
+    else:
+        y = scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
     y = y.transpose(1, 2).to(dtype)
     y = reference.restore(y, where.order)
     return (y if seg is None else seg.mask(y)), new
@@ -237,7 +239,7 @@ def _check(
         raise TypeError(f"{_OP}: state: want a KVState, a KVBuffer or None, got {type(state).__name__}")
     _checks.shape(_OP, "state.k", state.k, ("B", "T", "Hk", "P"), sizes)
     _checks.shape(_OP, "state.v", state.v, ("B", "T", "Hk", "P"), sizes)
-    _checks.shape(_OP, "state.valid", state.valid, ("B", "T"), sizes)
+    _checks.shape(_OP, "state.live", state.live, ("B", "T"), sizes)
     _checks.shape(_OP, "state.position", state.position, ("B",), sizes)
     if state.k.device != q.device:
         raise ValueError(f"{_OP}: state is on {state.k.device} but q on {q.device}; move one of them")

@@ -6,31 +6,36 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...segments import Segments
+from ...state import exportable
+from .._checks import undecided
 
 
+@exportable
 class KVState(NamedTuple):
     """A cache of keys and values that grows with each call. The newest key stands at the end of axis 1.
 
     Args:
         k, v: (B, T, Hk, P).
-        valid: (B, T) bool, True for keys of the document under way. Unused slots stand on the left.
+        live: (B, T) bool, True for keys of the document under way. Unused slots stand on the left.
         position: (B,) int64, the position that the next token of the row's document will have.
     """
 
     k: Tensor
     v: Tensor
-    valid: Tensor
+    live: Tensor
     position: Tensor
 
 
+@exportable
 class KVBuffer(NamedTuple):
     """As `KVState`, but T stays what it is: what is pushed out on the left must not be needed any more."""
 
     k: Tensor
     v: Tensor
-    valid: Tensor
+    live: Tensor
     position: Tensor
 
 
@@ -133,7 +138,7 @@ def push(
     fixed = isinstance(state, KVBuffer)
     room = held if fixed else total if window is None else min(total, window - 1)
     new = torch.ones(batch, length, dtype=torch.bool, device=device) if where.valid is None else where.valid
-    valid = torch.cat([state.valid, new], 1)
+    valid = torch.cat([state.live, new], 1)
     if where.document is not None and length:
         current = where.document.amax(1, keepdim=True)  # ids only grow, so the last document has the largest
         valid = valid & (
@@ -145,8 +150,13 @@ def push(
         valid = valid.gather(1, at.clamp(min=0)) & (at >= 0)
         at = at.clamp(min=0)[:, :, None, None]
         keys, values = keys.gather(1, at.expand_as(keys)), values.gather(1, at.expand_as(values))
-    lost = valid[:, : total - room]
-    if window is not None:
+    if not fixed and window is not None and undecided(total, window - 1):
+        # A program for many lengths always keeps as many slots as the window asks for: unused ones stand on the left.
+        room = window - 1
+        keys, values = pad(keys, (0, 0, 0, 0, room, 0)), pad(values, (0, 0, 0, 0, room, 0))
+        valid, total = pad(valid, (room, 0)), total + room
+    lost = valid[:, : total - room] if fixed else valid[:, :0]
+    if fixed and window is not None:
         # The next query sees the last window - 1 of these slots.
         lost = lost[:, max(0, total - (window - 1)) :]
     keys, values, valid = keys[:, total - room :], values[:, total - room :], valid[:, total - room :]

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ...segments import INVALID, RESET, Segments
 from .. import _checks
-from .._backend import numba_reason, resolve
-from .._register import differentiable, operator
+from .._backend import interpreted, numba_reason, resolve, triton_reason
+from .._deterministic import token_apart
+from .._register import TRITON, differentiable, operator
 from .._spec import OpSpec, Summary, register
 from . import reference
 
@@ -29,6 +30,9 @@ _OP = "linear_scan"
 ALGORITHMS = ("recurrent", "chunk")
 # Groups of fewer channels than this that share one decay are not worth a loop of their own.
 _GROUP = 8
+# Tokens of a tile of the GPU kernels, which keep the state at the start of each. Under Triton's interpreter tiles are
+# short, so that short sequences have several.
+_TILE = 8 if interpreted() else 16
 
 
 def linear_scan(
@@ -55,7 +59,7 @@ def linear_scan(
             `state` must be None.
         algorithm: "recurrent" (one step after the other), "chunk" (about 2 sqrt(L) steps over chunks side by side;
             reference only) or None: the back-end's own choice. All agree to rounding.
-        backend: "numba" (float32 and complex64 on CPU), "reference", or None.
+        backend: "numba" (float32 and complex64 on CPU), "triton" (the same on GPUs), "reference", or None.
 
     Returns:
         h (B, L, *channels), and the state (B, *channels) after the last token. h has the dtype of x (complex if
@@ -73,12 +77,17 @@ def linear_scan(
     dtype = torch.promote_types(_checks.compute_dtype(a), _checks.compute_dtype(x))
     # Real decays of complex inputs stay real in the reference, where the product of the two is cheaper.
     h, out = x.to(_checks.compute_dtype(x)), a.to(_checks.compute_dtype(a))
-    if backend is None and seg is None and x.shape[1] == 1 and not torch.is_grad_enabled():
+    if backend is None and seg is None and x.shape[1] == 1 and token_apart():
         # Decode: one token costs less than the way to any kernel.
         start = None if state is None else state.unsqueeze(1)
         y, new = linear_scan_step(a, x, start)
         return y, new.squeeze(1)
     chosen = resolve(_OP, reasons(a, x, state=state, algorithm=algorithm), backend)
+    if chosen == "triton":
+        # Half precision is converted in the kernel.
+        if dtype.is_complex:
+            a, x = out.to(dtype), h.to(dtype)
+        return _triton(a, x, None if state is None else state.to(dtype), seg, reverse)
     if chosen == "numba":
         h, state = _numba(out.to(dtype), h.to(dtype), None if state is None else state.to(dtype), seg, reverse)
     else:
@@ -92,10 +101,12 @@ def reasons(
     """For each back-end, None if it serves these inputs and else why not."""
     # The kernels take complex64 as well: what is asked of a tensor is asked of its parts.
     parts = [t if t is None or t.dtype != torch.complex64 else t.detach().real for t in (a, x, state)]
-    reason = numba_reason(*parts)
-    if reason is None and algorithm == "chunk":
-        reason = "the kernel walks through time; algorithm='chunk' is the reference's"
-    return {"numba": reason, "reference": None}
+    numba, triton = numba_reason(*parts), triton_reason(*parts)
+    if algorithm == "chunk":
+        numba = numba or "the kernel walks through time; algorithm='chunk' is the reference's"
+    if algorithm is not None:
+        triton = triton or f"the kernel scans tiles; algorithm={algorithm!r} is a form of the reference"
+    return {"numba": numba, "triton": triton, "reference": None}
 
 
 def linear_scan_step(a: Tensor, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -163,7 +174,7 @@ def linear_scan_carry(a: Tensor, *, state: Tensor, seg: Segments | None = None, 
     return (product * state.unsqueeze(1)).masked_fill(reference.per_token(gone, product.ndim), 0)
 
 
-# ---- checks and the Numba path -----------------------------------------------------------------------------------
+# ---- checks and the paths to the kernels ----------------------------------------------------------------------------
 
 
 def _check(
@@ -206,8 +217,8 @@ def _timed(op: str, a: Tensor, length: int | None, seg: Segments | None) -> tupl
     return a, want
 
 
-def _numba(a: Tensor, x: Tensor, state: Tensor | None, seg: Segments | None, reverse: bool) -> tuple[Tensor, Tensor]:
-    """Lower to the operator, which sees x as (B, L, C) and `a` as (B or 1, L or 1, G) with C a multiple of G."""
+def _lower(a: Tensor, x: Tensor, state: Tensor | None, seg: Segments | None, reverse: bool) -> tuple:
+    """As the operators see it: `a` (B or 1, L or 1, G), x (B, L, C) with C a multiple of G, state (B, C), marks."""
     channels = x.shape[2:]
     a = reference.align(a, x.ndim)
     shared = x.ndim
@@ -221,8 +232,20 @@ def _numba(a: Tensor, x: Tensor, state: Tensor | None, seg: Segments | None, rev
         marks = reference.scan_order(seg, reverse).to(torch.uint8) * RESET if reverse else seg.marks
         if reverse and seg.valid is not None:
             marks = marks.masked_fill(~seg.valid, INVALID)
-    h, last = _forward(a, x.flatten(2), None if state is None else state.flatten(1), marks, reverse)
-    return h.unflatten(2, channels), last.unflatten(1, channels)
+    return a, x.flatten(2), None if state is None else state.flatten(1), marks
+
+
+def _numba(a: Tensor, x: Tensor, state: Tensor | None, seg: Segments | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    h, last = _forward(*_lower(a, x, state, seg, reverse), reverse)
+    return h.unflatten(2, x.shape[2:]), last.unflatten(1, x.shape[2:])
+
+
+def _triton(a: Tensor, x: Tensor, state: Tensor | None, seg: Segments | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (a, x, state))
+    # The shape of what is kept would tie an exported program to a length.
+    keep = keep and not torch.compiler.is_exporting()
+    h, last, _ = _triton_forward(*_lower(a, x, state, seg, reverse), reverse, keep)
+    return h.unflatten(2, x.shape[2:]), last.unflatten(1, x.shape[2:])
 
 
 def _fake_forward(a, x, state, marks, reverse):
@@ -258,6 +281,53 @@ def _grad(ctx, dh, dlast):
 
 
 differentiable(_forward, _grad, _save)
+
+
+def _fake_triton(a, x, state, marks, reverse, keep):
+    rows, L, channels = x.shape
+    wide = _checks.compute_dtype(x)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((rows, channels), dtype=wide),
+        x.new_empty((rows, -(-L // _TILE) if keep else 0, channels), dtype=wide),
+    )
+
+
+def _fake_triton_backward(dh, dlast, a, x, state, marks, boundaries, reverse):
+    return a.new_empty(a.shape), x.new_empty(x.shape), x.new_empty(0) if state is None else state.new_empty(state.shape)
+
+
+_triton_forward = operator(
+    "linear_scan_triton(Tensor a, Tensor x, Tensor? state, Tensor? marks, bool reverse, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    "statewise.ops.linear_scan.triton:forward",
+    _fake_triton,
+    device=TRITON,
+)
+_triton_backward = operator(
+    "linear_scan_triton_backward(Tensor dh, Tensor dlast, Tensor a, Tensor x, Tensor? state, Tensor? marks, "
+    "Tensor boundaries, bool reverse) -> (Tensor, Tensor, Tensor)",
+    "statewise.ops.linear_scan.triton:backward",
+    _fake_triton_backward,
+    device=TRITON,
+)
+
+
+def _save_triton(ctx, inputs, output):
+    *tensors, ctx.reverse, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _grad_triton(ctx, dh, dlast, _):
+    a, x, state, marks, boundaries = ctx.saved_tensors
+    if boundaries.shape[1] == 0:
+        boundaries = _triton_forward(a, x, state, marks, ctx.reverse, True)[2]
+    da, dx, dstate = _triton_backward(dh, dlast, a, x, state, marks, boundaries, ctx.reverse)
+    return da, dx, None if state is None else dstate, None, None, None
+
+
+differentiable(_triton_forward, _grad_triton, _save_triton)
 
 
 register(

@@ -22,14 +22,22 @@ def decays(shape: tuple[int, ...], decay: str, dtype: torch.dtype, generator: to
 
 
 def sample(
-    variant: str, batch: int, length: int, *, dtype: torch.dtype, decay: str, generator: torch.Generator
+    variant: str,
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype,
+    decay: str,
+    generator: torch.Generator,
+    size: int = 7,
 ) -> dict[str, torch.Tensor]:
-    """Inputs without state and seg; "complex" gives the complex partner of `dtype`."""
-    channels = (3, 5) if variant == "grid" else (7,)
+    """Inputs without state and seg; "complex" gives the complex partner of `dtype`. `size` is the number of channels of
+    "plain", "complex" and "constant"."""
+    channels = (3, 5) if variant == "grid" else (size,)
 
-    def normal(*size: int, kind: torch.dtype = dtype) -> torch.Tensor:
+    def normal(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         wide = torch.complex128 if kind.is_complex else torch.float64
-        return torch.randn(size, dtype=wide, generator=generator).to(kind)
+        return torch.randn(shape, dtype=wide, generator=generator).to(kind)
 
     full = (batch, length, *channels)
     if variant == "complex":

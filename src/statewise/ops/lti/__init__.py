@@ -9,11 +9,13 @@ from torch import Tensor
 
 from ...segments import Segments
 from ...segments import reverse as reverse_time
-from .. import _checks
-from .._backend import resolve
+from .. import _checks, _deterministic
+from .._backend import BackendError, numba_reason, resolve
 from .._precision import no_autocast
+from .._register import differentiable, operator
 from .._spec import OpSpec, Summary, register
-from . import forms, reference
+from . import fixed, forms, reference
+from .convolution import convolve
 
 __all__ = [
     "diagonal_kernel",
@@ -39,7 +41,13 @@ _MANY = 2048
 
 
 def lti_conv(
-    u: Tensor, kernel: Tensor, D: Tensor | None = None, *, seg: Segments | None = None, reverse: bool = False
+    u: Tensor,
+    kernel: Tensor,
+    D: Tensor | None = None,
+    *,
+    seg: Segments | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
 ) -> Tensor:
     """Causal convolution y_t = sum_{s <= t} kernel[t - s] u_s + D u_t, channel by channel, by Fourier transform.
 
@@ -51,6 +59,7 @@ def lti_conv(
             there. There is no state here, so a document that continues from an earlier chunk is treated as if it
             began at its first token in this one; use `diagonal_ssm` to continue.
         reverse: anti-causal, y_t = sum_{s >= t} kernel[s - t] u_s + D u_t, per document.
+        backend: "numba" (float32 on CPU, up to 65,536 tokens), "reference" (torch.fft), or None.
 
     Returns:
         y (B, L, D) in the dtype of u, computed in float32 or float64. Errors are relative to the largest output of
@@ -79,7 +88,7 @@ def lti_conv(
         if seg is not None:
             v = seg.mask(v)
         x = reverse_time(v, seg) if reverse else v
-        y = forms.convolve(x.mT, taps).mT if seg is None else _per_document(x, taps, seg)
+        y = convolve(x.mT, taps, backend).mT if seg is None else _per_document(x, taps, seg, backend)
         if reverse:
             y = reverse_time(y, seg)
     if D is not None:
@@ -87,7 +96,7 @@ def lti_conv(
     return y.to(u.dtype)
 
 
-def _per_document(u: Tensor, kernel: Tensor, seg: Segments) -> Tensor:
+def _per_document(u: Tensor, kernel: Tensor, seg: Segments, backend: str | None) -> Tensor:
     """Gather documents into rows of their own, those of similar length together, and put the results back."""
     B, L, D = u.shape
     row = torch.arange(B, device=u.device).unsqueeze(1)
@@ -106,7 +115,7 @@ def _per_document(u: Tensor, kernel: Tensor, seg: Segments) -> Tensor:
         slot = torch.searchsorted(members, group[mine]) * size + rank[mine]
         tokens = where[mine]
         rows = flat.new_zeros(len(members) * size, D).index_copy(0, slot, flat[tokens])
-        out = forms.convolve(rows.view(len(members), size, D).mT, kernel).mT.reshape(-1, D)
+        out = convolve(rows.view(len(members), size, D).mT, kernel, backend).mT.reshape(-1, D)
         y = y.index_copy(0, tokens, out[slot])
     return y.view(B, L, D)
 
@@ -166,14 +175,65 @@ def _choose(algorithm: str | None, u: Tensor, seg: Segments | None) -> str:
             return "recurrent"
         long = u.device.type == "cpu" and u.shape[1] > _MANY
         return "chunk" if long or seg is not None else "fft"
-    if algorithm not in ALGORITHMS:
+    _algorithm(algorithm, seg)
+    return algorithm
+
+
+def _algorithm(algorithm: str | None, seg: Segments | None) -> None:
+    if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"{_OP}: algorithm: want one of {', '.join(ALGORITHMS)} or None, got {algorithm!r}")
     if algorithm == "fft" and seg is not None:
         raise ValueError(
             f"{_OP}: algorithm: 'fft' is one convolution over the whole row and cannot serve documents, resets or "
             "padding; with seg want 'chunk', 'recurrent' or None, got 'fft'"
         )
-    return algorithm
+
+
+# ---- as one operator, for compilers ----------------------------------------------------------------------------------
+
+_INPUTS = (
+    "Tensor u, Tensor log_a, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
+    "bool conjugate, str? algorithm"
+)
+
+
+def _fake_forward(u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
+    dtype = reference.lift(u, log_a, b, c)[1]
+    return u.new_empty(u.shape), u.new_empty((u.shape[0], *b.shape), dtype=dtype)
+
+
+def _fake_backward(dy, dlast, u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
+    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, log_a, b, c, D, state))
+
+
+_forward = operator(
+    f"diagonal_ssm({_INPUTS}) -> (Tensor, Tensor)",
+    "statewise.ops.lti.whole:forward",
+    _fake_forward,
+    device="CompositeExplicitAutograd",
+)
+_backward = operator(
+    f"diagonal_ssm_backward(Tensor dy, Tensor dlast, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "statewise.ops.lti.whole:backward",
+    _fake_backward,
+    device="CompositeExplicitAutograd",
+)
+
+
+def _save(ctx, inputs, output):
+    *tensors, conjugate, algorithm = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = conjugate, algorithm
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx, dy, dlast):
+    tensors = ctx.saved_tensors
+    grads = _backward(dy, dlast, *tensors, *ctx.options)
+    return *(None if t is None else g for t, g in zip(tensors[:6], grads)), None, None, None, None
+
+
+differentiable(_forward, _gradients, _save)
 
 
 def diagonal_ssm(
@@ -226,15 +286,35 @@ def diagonal_ssm(
     _checks.same_kind(_OP, ("u", u), log_a=log_a, b=b, c=c, D=D, state=state)
     _checks.segments(_OP, seg, sizes["B"], sizes["L"], u.device)
     _check_state(state, reference.lift(u, log_a, b, c)[1])
+    if _deterministic.active():
+        _refuse(numba_reason(u), algorithm)
+        return fixed.diagonal_ssm(u, log_a, b, c, D, conjugate, state, seg)
     resolve(_OP, reasons(), backend)
+    if torch.compiler.is_compiling():
+        _algorithm(algorithm, seg)
+        position, valid = (None, None) if seg is None else (seg.position, seg.valid)
+        return _forward(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
+    return run(u, log_a, b, c, D, conjugate, state, seg, algorithm)
+
+
+def run(u, log_a, b, c, D, conjugate, state, seg, algorithm) -> tuple[Tensor, Tensor]:
+    """`diagonal_ssm` on arguments that have been checked."""
     chosen = _choose(algorithm, u, seg)
     with no_autocast(u):
-        if chosen == "recurrent" or sizes["L"] == 0:
+        if chosen == "recurrent" or u.shape[1] == 0:
             return reference.diagonal_ssm(u, log_a, b, c, D, conjugate=conjugate, state=state, seg=seg)
-        return _closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg)
+        return closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg)
 
 
-def _closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg) -> tuple[Tensor, Tensor]:
+def _refuse(reason: str | None, algorithm: str | None) -> None:
+    if algorithm not in (None, "recurrent"):
+        reason = f"algorithm={algorithm!r} adds up in an order that depends on the length"
+    if reason is not None:
+        raise BackendError(f"{_OP}: inside statewise.deterministic() only a recurrence on CPU serves: {reason}")
+
+
+def closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg) -> tuple[Tensor, Tensor]:
+    """`diagonal_ssm` in the form "fft" or "chunk", on arguments that have been checked."""
     real, dtype = reference.lift(u, log_a, b, c)
     v, log_a, b, c = u.to(real), log_a.to(dtype), b.to(dtype), c.to(dtype)
     if dtype.is_complex and conjugate:

@@ -10,34 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import convolve
 from .reference import powers
 
 CHUNK = 64
-
-
-def fast_length(n: int) -> int:
-    """The smallest even 2^i 3^j 5^k >= n, for which Fourier transforms are quick."""
-    best = 1 << max(1, (n - 1).bit_length())
-    five = 1
-    while five < best:
-        three = five
-        while three < best:
-            size = three * max(2, 1 << max(0, -(-n // three) - 1).bit_length())
-            if n <= size < best:
-                best = size
-            three *= 3
-        five *= 5
-    return best
-
-
-def convolve(u: Tensor, kernel: Tensor) -> Tensor:
-    """Causal convolution along the last axis: u (..., L), kernel (..., K) -> (..., L), real, by Fourier transform."""
-    length = u.shape[-1]
-    if length == 0:
-        return u * 1
-    kernel = kernel[..., :length]
-    n = fast_length(length + kernel.shape[-1] - 1)
-    return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(kernel, n), n)[..., :length]
 
 
 def _parts(x: Tensor) -> Tensor:

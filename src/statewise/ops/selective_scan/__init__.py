@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from ...segments import Segments
-from .. import _checks
-from .._backend import numba_reason, resolve
+from .. import _checks, _deterministic
+from .._backend import interpreted, numba_reason, resolve, triton_reason
 from .._dt import Limits, step_size
-from .._register import differentiable, operator
+from .._register import TRITON, differentiable, operator
 from .._spec import OpSpec, Summary, register
 from . import reference
 
@@ -27,8 +28,12 @@ __all__ = [
 
 ALGORITHMS = ("chunk", "recurrent")
 
-# T and W of numba.py, which must not be imported here; opcheck compares the shapes that follow from them.
-_TILE, _W = 32, 128
+# T of numba.py, which must not be imported here; opcheck compares the shapes that follow from it.
+_TILE = 32
+# Positions between the states that the GPU kernels keep: their share of memory is that of one more input in bfloat16 at
+# N = 16. Under Triton's interpreter chunks are short, so that short sequences have several.
+_CHUNK = 8 if interpreted() else 32
+MAX_STATE = 256  # N that fits the registers of a GPU program
 
 
 def _sizes(op: str, x: Tensor | None, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **others: Tensor | None):
@@ -90,7 +95,10 @@ def _tail(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None, seg: Segment
 def reasons(**inputs) -> dict[str, str | None]:
     """Why each back-end cannot serve these inputs (None: it can), in order of preference."""
     tensors = [t for t in inputs.values() if isinstance(t, Tensor)]
-    return {"numba": numba_reason(*tensors), "reference": None}
+    gpu = triton_reason(*tensors)
+    if gpu is None and inputs["A"].shape[-1] > MAX_STATE:
+        gpu = f"Triton kernels hold states of N = {MAX_STATE} at most, got N = {inputs['A'].shape[-1]}"
+    return {"numba": numba_reason(*tensors), "triton": gpu, "reference": None}
 
 
 # ---- the CPU kernels as operators ------------------------------------------------------------------------------------
@@ -104,12 +112,11 @@ _INPUTS = (
 def _fake_forward(x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, keep):
     rows, L, channels = x.shape
     N, groups = A.shape[1], B.shape[2]
-    blocks = groups * -(-(channels // groups) // _W)
     f32 = torch.float32
     return (
         x.new_empty(x.shape),
         x.new_empty((rows, channels, N), dtype=f32),
-        x.new_empty((rows, blocks, -(-L // _TILE) if keep else 0, N, _W), dtype=f32),
+        x.new_empty((rows, -(-L // _TILE) if keep else 0, groups, N, -(-channels // groups // 16) * 16), dtype=f32),
     )
 
 
@@ -148,11 +155,62 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, dlast, _):
     *tensors, boundaries = ctx.saved_tensors
+    if boundaries.shape[1] == 0:
+        boundaries = _forward(*tensors, *ctx.options, True)[2]
     grads = _backward(dy, dlast, *tensors, boundaries, *ctx.options)
     return *(None if t is None else g for t, g in zip(tensors, grads)), None, None, None, None, None
 
 
 differentiable(_forward, _gradients, _save)
+
+
+# ---- the GPU kernels as operators ------------------------------------------------------------------------------------
+
+
+def _fake_triton(x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, keep):
+    rows, L, channels = x.shape
+    N, f32 = A.shape[1], torch.float32
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((rows, channels, N), dtype=f32),
+        x.new_empty((rows, -(-L // _CHUNK) if keep else 0, N, channels), dtype=f32),
+    )
+
+
+_triton_forward = operator(
+    f"selective_scan_triton({_INPUTS}, bool dt_softplus, float low, float high, bool keep) -> (Tensor, Tensor, Tensor)",
+    "statewise.ops.selective_scan.triton:forward",
+    _fake_triton,
+    device=TRITON,
+)
+_triton_backward = operator(
+    f"selective_scan_triton_backward(Tensor dy, Tensor dlast, {_INPUTS}, Tensor boundaries, bool dt_softplus, "
+    "float low, float high) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "statewise.ops.selective_scan.triton:backward",
+    _fake_backward,
+    device=TRITON,
+)
+_triton_one = operator(
+    "selective_scan_triton_step(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus, float low, float high, Tensor state) -> (Tensor, Tensor)",
+    "statewise.ops.selective_scan.triton:step",
+    lambda x, dt, A, B, C, D, z, dt_bias, dt_softplus, low, high, state: (
+        x.new_empty(x.shape),
+        state.new_empty(state.shape, dtype=torch.float32),
+    ),
+    device=TRITON,
+)
+
+
+def _gradients_triton(ctx, dy, dlast, _):
+    *tensors, boundaries = ctx.saved_tensors
+    if boundaries.shape[1] == 0:
+        boundaries = _triton_forward(*tensors, *ctx.options, True)[2]
+    grads = _triton_backward(dy, dlast, *tensors, boundaries, *ctx.options)
+    return *(None if t is None else g for t, g in zip(tensors, grads)), None, None, None, None, None
+
+
+differentiable(_triton_forward, _gradients_triton, _save)
 
 
 # ---- public ----------------------------------------------------------------------------------------------------------
@@ -191,7 +249,8 @@ def selective_scan(
         seg: packing and padding.
         algorithm: of the reference: "chunk" (default) or "recurrent" (the definition, one position at a time).
         backend: see `statewise.ops.use_backend`. "numba": float32 kernels for CPU; half precision is computed in
-            float32. "reference": plain PyTorch on any device, for float64, complex numbers and second derivatives.
+            float32. "triton": float32 kernels for GPUs, likewise. "reference": plain PyTorch on any device, for
+            float64, complex numbers and second derivatives.
 
     Returns:
         y (B, L, D) in x's dtype, and the state (B, D, N) after the last position, in float32 (float64 for float64
@@ -209,15 +268,19 @@ def selective_scan(
         raise ValueError(f"selective_scan: algorithm: want 'chunk', 'recurrent' or None, got {algorithm!r}")
     available = reasons(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
     if algorithm is not None:
-        available["numba"] = available["numba"] or f"algorithm={algorithm!r} is a form of the reference"
-    if resolve("selective_scan", available, backend) == "numba":
+        for name in ("numba", "triton"):
+            available[name] = available[name] or f"algorithm={algorithm!r} is a form of the reference"
+    chosen = resolve("selective_scan", available, backend)
+    if chosen != "reference":
+        forward, one = (_forward, _one) if chosen == "numba" else (_triton_forward, _triton_one)
         tensors = (x, dt, A, _grouped(B), _grouped(C), D, z, dt_bias)
         low, high = dt_limit or (-math.inf, math.inf)
         keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, state))
-        if sizes["L"] == 1 and seg is None and state is not None and not keep:
-            return _one_step(tensors, dt_softplus, low, high, state)
+        keep = keep and not torch.compiler.is_exporting()  # the shape of what is kept would tie the program to a length
+        if sizes["L"] == 1 and seg is None and state is not None and not keep and not _deterministic.active():
+            return _one_step(one, tensors, dt_softplus, low, high, state)
         marks = None if seg is None else seg.marks
-        y, last, _ = _forward(*tensors, state, marks, dt_softplus, low, high, keep)
+        y, last, _ = forward(*tensors, state, marks, dt_softplus, low, high, keep)
         return y, last
 
     dtype = _checks.compute_dtype(x)
@@ -235,9 +298,11 @@ def selective_scan(
     return _tail(y, v["x"], D, z, seg).to(x.dtype), state
 
 
-def _one_step(tensors: tuple, dt_softplus: bool, low: float, high: float, state: Tensor) -> tuple[Tensor, Tensor]:
+def _one_step(
+    one: Any, tensors: tuple, dt_softplus: bool, low: float, high: float, state: Tensor
+) -> tuple[Tensor, Tensor]:
     x, dt, A, B, C, D, z, dt_bias = tensors
-    y, state = _one(
+    y, state = one(
         x[:, 0],
         dt[:, 0],
         A,

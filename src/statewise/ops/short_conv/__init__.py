@@ -11,8 +11,9 @@ from torch.nn.functional import silu
 
 from ...segments import Segments
 from .. import _checks
-from .._backend import numba_reason, resolve
-from .._register import differentiable, operator
+from .._backend import numba_reason, resolve, triton_reason
+from .._deterministic import token_apart
+from .._register import TRITON, differentiable, operator
 from .._spec import OpSpec, register
 from . import reference
 
@@ -54,7 +55,7 @@ def short_conv(
         activation: None or "silu".
         state: (B, K-1, D), the last K-1 valid inputs, oldest first; zeros if None.
         seg: documents and padding.
-        backend: "numba" (float32 on CPU), "reference", or None.
+        backend: "numba" (float32 on CPU), "triton" (GPUs, added up in float32), "reference", or None.
 
     Returns:
         y (B, L, D) in the dtype of x, and the state (B, K-1, D) after the last token, in the dtype that was computed
@@ -69,20 +70,25 @@ def short_conv(
     Source: Mamba (Gu and Dao 2023, section 3.4) and, before it, H3 (Fu et al. 2022, section 3.1).
     """
     _check(x, weight, bias, activation, state, seg)
-    if backend is None and seg is None and x.shape[1] == 1 and not torch.is_grad_enabled():
+    if backend is None and seg is None and x.shape[1] == 1 and x.device.type == "cpu" and token_apart():
         # Decode: one token costs less than the way to the kernel.
         y, state = short_conv_step(x.squeeze(1), weight, bias, activation, state)
         return y.unsqueeze(1), state
     dtype = _checks.compute_dtype(x)
     chosen = resolve(_OP, reasons(x, weight, bias, activation, state=state), backend)
-    value, weight = x.to(dtype), weight.to(dtype)
+    if chosen == "triton":
+        if seg is None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            y, state = _triton_one(x.squeeze(1), weight, bias, state, activation == "silu")
+            return y.unsqueeze(1), state
+        return _triton_forward(x, weight, bias, state, None if seg is None else seg.marks, activation == "silu")
+    weight = weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     state = None if state is None else state.to(dtype)
     if chosen == "numba":
         marks = None if seg is None else seg.marks
-        y, state = _forward(value, weight, bias, state, marks, activation == "silu")
+        y, state = _forward(x, weight, bias, state, marks, activation == "silu")
     else:
-        y, state = reference.short_conv(value, weight, bias, activation, state=state, seg=seg)
+        y, state = reference.short_conv(x.to(dtype), weight, bias, activation, state=state, seg=seg)
     return y.to(x.dtype), state
 
 
@@ -96,7 +102,8 @@ def reasons(
     **_: Any,
 ) -> dict[str, str | None]:
     """For each back-end, None if it serves these inputs and else why not."""
-    return {"numba": numba_reason(x, weight, bias, state), "reference": None}
+    tensors = (x, weight, bias, state)
+    return {"numba": numba_reason(*tensors), "triton": triton_reason(*tensors), "reference": None}
 
 
 def short_conv_step(
@@ -200,7 +207,7 @@ def short_conv_combine(first: ConvSummary, second: ConvSummary) -> ConvSummary:
     return ConvSummary(state, (first.taken + second.taken).clamp(max=slots))
 
 
-# ---- checks and the Numba path -----------------------------------------------------------------------------------
+# ---- checks and the paths to the kernels -------------------------------------------------------------------------
 
 
 def _check(
@@ -233,7 +240,7 @@ def _fake_forward(x, weight, bias, state, marks, silu):
     batch, _, width = x.shape
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(batch, weight.shape[1] - 1, width),
+        x.new_empty(batch, weight.shape[1] - 1, width, dtype=torch.float32),
     )
 
 
@@ -241,9 +248,9 @@ def _fake_backward(dy, dlast, x, weight, bias, state, marks, silu):
     batch, _, width = x.shape
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(weight.shape),
-        x.new_empty(width),
-        x.new_empty(batch, weight.shape[1] - 1, width),
+        weight.new_empty(weight.shape),
+        weight.new_empty(width),
+        weight.new_empty(batch, weight.shape[1] - 1, width),
     )
 
 
@@ -272,6 +279,51 @@ def _grad(ctx, dy, dlast):
 
 
 differentiable(_forward, _grad, _save)
+
+
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"
+
+
+def _fake_triton(x, weight, bias, state, marks, silu):
+    batch, _, width = x.shape
+    return x.new_empty(x.shape), x.new_empty((batch, weight.shape[1] - 1, width), dtype=torch.float32)
+
+
+def _fake_triton_backward(dy, dlast, x, weight, bias, state, marks, silu):
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, state))
+
+
+_triton_forward = operator(
+    f"short_conv_triton({_INPUTS}, Tensor? marks, bool silu) -> (Tensor, Tensor)",
+    "statewise.ops.short_conv.triton:forward",
+    _fake_triton,
+    device=TRITON,
+)
+_triton_backward = operator(
+    f"short_conv_triton_backward(Tensor dy, Tensor dlast, {_INPUTS}, Tensor? marks, bool silu) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "statewise.ops.short_conv.triton:backward",
+    _fake_triton_backward,
+    device=TRITON,
+)
+_triton_one = operator(
+    f"short_conv_triton_step({_INPUTS}, bool silu) -> (Tensor, Tensor)",
+    "statewise.ops.short_conv.triton:step",
+    lambda x, weight, bias, state, silu: (
+        x.new_empty(x.shape),
+        x.new_empty((x.shape[0], weight.shape[1] - 1, x.shape[1]), dtype=torch.float32),
+    ),
+    device=TRITON,
+)
+
+
+def _grad_triton(ctx, dy, dlast):
+    *tensors, marks = ctx.saved_tensors
+    grads = _triton_backward(dy, dlast, *tensors, marks, ctx.silu)
+    return *(None if t is None else g for t, g in zip(tensors, grads)), None, None
+
+
+differentiable(_triton_forward, _grad_triton, _save)
 
 register(
     OpSpec(

@@ -21,21 +21,27 @@ _OPTIONS: dict[str, tuple[int, bool, str | None]] = {
 
 
 def sample(
-    variant: str, batch: int, length: int, *, dtype: torch.dtype, decay: str, generator: torch.Generator
+    variant: str,
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype,
+    decay: str,
+    generator: torch.Generator,
+    size: int = 7,
 ) -> dict[str, Any]:
-    """Inputs without state and seg. There is nothing here that decays, so `decay` changes nothing."""
+    """Inputs without state and seg; `size` is D. There is nothing here that decays, so `decay` changes nothing."""
     if variant not in _OPTIONS:
         raise ValueError(f"variant: want one of {', '.join(VARIANTS)}, got {variant!r}")
     taps, with_bias, activation = _OPTIONS[variant]
-    channels = 7
 
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, dtype=torch.float64, generator=generator).to(dtype)
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
 
     return {
-        "x": normal(batch, length, channels),
-        "weight": normal(channels, taps) / taps**0.5,
-        "bias": normal(channels) if with_bias else None,
+        "x": normal(batch, length, size),
+        "weight": normal(size, taps) / taps**0.5,
+        "bias": normal(size) if with_bias else None,
         "activation": activation,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ...segments import Segments
-from .. import _checks
-from .._backend import numba_reason, resolve
+from .. import _checks, _deterministic
+from .._backend import numba_reason, resolve, triton_reason
 from .._dt import Limits, step_size
 from .._precision import no_autocast
-from .._register import differentiable, operator
+from .._register import TRITON, differentiable, operator
 from .._spec import OpSpec, Summary, register
 from . import reference
 
@@ -25,6 +26,7 @@ ALGORITHMS = ("chunk", "recurrent")
 # Measured on CPU over L = 128 ... 8192 (P = 64, N = 128): 64 is within a few percent of the best everywhere.
 CHUNK = 64
 MAX_CHUNK = 1024  # of the kernels, whose scratch memory grows with its square
+MAX_STATE = 256  # N that fits the registers of a GPU program
 
 
 def _sizes(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor | None, **others: Tensor | None):
@@ -68,7 +70,10 @@ def _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None, *
 def reasons(**inputs) -> dict[str, str | None]:
     """Why each back-end cannot serve these inputs (None: it can), in order of preference."""
     tensors = [t for t in inputs.values() if isinstance(t, Tensor)]
-    return {"numba": numba_reason(*tensors), "reference": None}
+    gpu = triton_reason(*tensors)
+    if gpu is None and inputs["B"].shape[-1] > MAX_STATE:
+        gpu = f"Triton kernels hold states of N = {MAX_STATE} at most, got N = {inputs['B'].shape[-1]}"
+    return {"numba": numba_reason(*tensors), "triton": gpu, "reference": None}
 
 
 # ---- the CPU kernels as operators ------------------------------------------------------------------------------------
@@ -80,7 +85,7 @@ def _fake_forward(x, dt, A, B, C, D, state, marks, chunk, keep):
     (rows, L, H, P), N = x.shape, B.shape[3]
     f32 = torch.float32
     return (
-        x.new_empty(x.shape, dtype=f32),
+        x.new_empty(x.shape),
         x.new_empty((rows, H, P, N), dtype=f32),
         x.new_empty((rows, -(-L // chunk) if keep else 0, H, P, N), dtype=f32),
     )
@@ -98,6 +103,12 @@ def _fake_step(x, dt, A, B, C, D, state):
 _forward = operator(
     f"ssd_numba({_INPUTS}, Tensor? marks, int chunk, bool keep) -> (Tensor, Tensor, Tensor)",
     "statewise.ops.ssd.numba:forward",
+    _fake_forward,
+)
+# The same in a fixed order; its backward pass is that of the other.
+_recurrent = operator(
+    f"ssd_recurrent({_INPUTS}, Tensor? marks, int chunk, bool keep) -> (Tensor, Tensor, Tensor)",
+    "statewise.ops.ssd.recurrent_numba:forward",
     _fake_forward,
 )
 _backward = operator(
@@ -118,11 +129,88 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, dlast, _):
     *tensors, boundaries = ctx.saved_tensors
+    if boundaries.shape[1] == 0:
+        boundaries = _forward(*tensors, ctx.chunk, True)[2]
     grads = _backward(dy, dlast, *tensors, boundaries, ctx.chunk)
     return *(None if t is None else g for t, g in zip(tensors, grads)), None, None, None
 
 
 differentiable(_forward, _gradients, _save)
+differentiable(_recurrent, _gradients, _save)
+
+
+# ---- the GPU kernels as operators ------------------------------------------------------------------------------------
+
+_GPU_INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? state"
+_GPU_OPTIONS = "bool dt_softplus, float low, float high"
+
+
+def _fake_triton(x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, chunk):
+    rows, _, H, P = x.shape
+    return x.new_empty(x.shape), x.new_empty((rows, H, P, B.shape[3]), dtype=torch.float32)
+
+
+def _fake_triton_backward(dy, dlast, x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, chunk):
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, dt, A, B, C, D, z, dt_bias, state))
+
+
+def _fake_triton_step(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus, low, high):
+    return x.new_empty(x.shape), x.new_empty((*x.shape, B.shape[2]), dtype=torch.float32)
+
+
+_triton_forward = operator(
+    f"ssd_triton({_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk) -> (Tensor, Tensor)",
+    "statewise.ops.ssd.triton:forward",
+    _fake_triton,
+    device=TRITON,
+)
+_triton_backward = operator(
+    f"ssd_triton_backward(Tensor dy, Tensor dlast, {_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "statewise.ops.ssd.triton:backward",
+    _fake_triton_backward,
+    device=TRITON,
+)
+_triton_one = operator(
+    f"ssd_triton_step({_GPU_INPUTS}, {_GPU_OPTIONS}) -> (Tensor, Tensor)",
+    "statewise.ops.ssd.triton:step",
+    _fake_triton_step,
+    device=TRITON,
+)
+
+
+def _save_triton(ctx, inputs, output):
+    *tensors, dt_softplus, low, high, chunk = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.options = dt_softplus, low, high, chunk
+    ctx.set_materialize_grads(True)
+
+
+def _gradients_triton(ctx, dy, dlast):
+    tensors = ctx.saved_tensors
+    grads = _triton_backward(dy, dlast, *tensors, *ctx.options)
+    return *(None if t is None else g for t, g in zip(tensors, grads)), None, None, None, None, None
+
+
+differentiable(_triton_forward, _gradients_triton, _save_triton)
+
+
+def _on_gpu(
+    tensors: tuple, dt_softplus: bool, dt_limit: Limits | None, chunk_size: int | None, state: Tensor | None,
+    seg: Segments | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    low, high = dt_limit or (-math.inf, math.inf)
+    if tensors[0].shape[1] == 1 and seg is None and not _differentiated(*tensors, state):
+        x, dt, A, B, C, D, z, dt_bias = tensors
+        y, state = _triton_one(
+            x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, state,
+            dt_softplus, low, high,
+        )  # fmt: skip
+        return y[:, None], state
+    marks = None
+    if seg is not None:
+        marks, state = seg.marks, None if state is None else seg.forget(state)
+    return _triton_forward(*tensors, state, marks, dt_softplus, low, high, chunk_size or 0)
 
 
 def _differentiated(*tensors: Any) -> bool:
@@ -168,7 +256,8 @@ def ssd(
         seg: packing and padding.
         algorithm: "chunk" (default) or "recurrent" (the definition, one position at a time).
         backend: see `statewise.ops.use_backend`. "numba": float32 kernels for CPU; half precision is computed in
-            float32. "reference": plain PyTorch on any device, for float64 and second derivatives.
+            float32. "triton": kernels for GPUs; half precision is multiplied as such, added up in float32, and states
+            keep the digits of float32. "reference": plain PyTorch on any device, for float64 and second derivatives.
 
     Returns:
         y (B, L, H, P) in x's dtype, and the state (B, H, P, N) after the last position, in float32 (float64 for
@@ -187,12 +276,15 @@ def ssd(
         raise ValueError(f"ssd: algorithm: want 'chunk', 'recurrent' or None, got {algorithm!r}")
     available = reasons(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state)
     if algorithm is not None:
-        available["numba"] = available["numba"] or f"algorithm={algorithm!r} is a form of the reference"
+        for name in ("numba", "triton"):
+            available[name] = available[name] or f"algorithm={algorithm!r} is a form of the reference"
     chosen = resolve("ssd", available, backend)
+    if chosen == "triton":
+        return _on_gpu((x, dt, A, B, C, D, z, dt_bias), dt_softplus, dt_limit, chunk_size, state, seg)
     dtype = _checks.compute_dtype(x)
     if state is None:
         state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
-    if sizes["L"] == 1 and seg is None and algorithm is None:
+    if sizes["L"] == 1 and seg is None and algorithm is None and not _deterministic.active():
         y, state = ssd_step(
             x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, dt_softplus,
             dt_limit=dt_limit, state=state, backend=chosen,
@@ -200,9 +292,13 @@ def ssd(
         return y[:, None], state
     if chosen == "numba":
         dt_, *_ = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg)
-        tensors = (x, dt_, A, B, C, _per_channel(D, sizes["P"]), state)
+        # y has the dtype of x, and before the gate it must not be rounded.
+        tensors = (x if z is None else x.to(dtype), dt_, A, B, C, _per_channel(D, sizes["P"]), state)
         marks = None if seg is None else seg.marks
-        y, state, _ = _forward(*tensors, marks, min(chunk_size or CHUNK, MAX_CHUNK), _differentiated(*tensors))
+        # What is kept for the backward pass has a shape that would tie an exported program to a length.
+        keep = _differentiated(*tensors) and not torch.compiler.is_exporting()
+        kernel = _recurrent if _deterministic.active() else _forward
+        y, state, _ = kernel(*tensors, marks, min(chunk_size or CHUNK, MAX_CHUNK), keep)
         return _tail(y, x, None, z, seg).to(x.dtype), state
     dt_, log_a, (v, b, c), resets = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg, x, B, C)
     if seg is not None:
@@ -239,10 +335,19 @@ def ssd_step(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One position of `ssd`: x, z (B, H, P), dt (B, H), B and C (B, G, N), state (B, H, P, N) or None for zeros."""
+    if _deterministic.active():
+        y, state = ssd(
+            x[:, None], dt[:, None], A, B[:, None], C[:, None], D, None if z is None else z[:, None], dt_bias,
+            dt_softplus, dt_limit=dt_limit, state=state, backend=backend,
+        )  # fmt: skip
+        return y[:, 0], state
     dtype = _checks.compute_dtype(x)
     H = x.shape[1]
-    dt_ = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
     chosen = resolve("ssd", reasons(x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state=state), backend)
+    if chosen == "triton" and not _differentiated(x, dt, A, B, C, D, z, dt_bias, state):
+        low, high = dt_limit or (-math.inf, math.inf)
+        return _triton_one(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus, low, high)
+    dt_ = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
     if chosen == "numba":
         tensors = (x, dt_, A, B, C, _per_channel(D, x.shape[2]), state)
         if not _differentiated(*tensors):
