@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
-from collections.abc import Callable
-from importlib import metadata, util
 from typing import Any
 
 from .errors import UserError
 
 LENGTH, BATCH = 67, 2  # of the self-check: no multiple of any chunk
-PACKAGES = ("torch", "numba", "numpy", "lightning", "triton", "transformers")
-
-
-def _versions() -> list[tuple[str, str]]:
-    from .._version import __version__
-
-    found = [("statewise", __version__), ("Python", f"{platform.python_version()} on {platform.platform()}")]
-    for name in PACKAGES:
-        # Finding a package is enough; importing it would take seconds.
-        found.append((name, metadata.version(name) if util.find_spec(name) else "not installed"))
-    return found
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _machine() -> list[tuple[str, str]]:
     import torch
 
+    from ..benchmarks.machine import device_name
+
     rows = [
-        ("processor", f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"),
+        ("processor", device_name("cpu")),
         ("threads", f"{torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS)"),
     ]
     if torch.cuda.is_available():
@@ -49,37 +29,11 @@ def _machine() -> list[tuple[str, str]]:
     return rows
 
 
-def best_time(work: Callable[[], Any], seconds: float = 0.4) -> float:
-    """Shortest of as many calls as fit into `seconds`, at least three."""
-    work()
-    best, began, calls = float("inf"), time.perf_counter(), 0
-    while calls < 3 or time.perf_counter() - began < seconds:
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-        calls += 1
-    return best
-
-
 def measure() -> list[tuple[str, str]]:
     """Memory bandwidth, exponentials and matrix products of the CPU with the threads PyTorch uses."""
-    import torch
+    from ..benchmarks import bounds
 
-    n = 16 * 2**20
-    a, b, c = torch.rand(n), torch.rand(n), torch.empty(n)
-    stream = 3 * 4 * n / best_time(lambda: torch.add(a, b, out=c))
-    small, out = torch.rand(2**17), torch.empty(2**17)
-    exps = len(small) / best_time(lambda: torch.exp(small, out=out))
-    rows = [
-        ("memory bandwidth (c = a + b, 64 MB each)", f"{stream / 1e9:,.1f} GB/s"),
-        ("exponentials (torch.exp, float32, in cache)", f"{exps / 1e9:,.2f} G/s"),
-    ]
-    size = 1024
-    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        x, y = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
-        rate = 2 * size**3 / best_time(lambda x=x, y=y: x @ y)  # type: ignore[misc]
-        rows.append((f"matrix product, {name}, {size} x {size}", f"{rate / 1e9:,.0f} GFLOP/s"))
-    return rows
+    return bounds.measure().rows()
 
 
 def check_op(spec: Any, backend: str) -> tuple[float, list[str]]:
@@ -152,6 +106,7 @@ def main(argv: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from ..benchmarks.machine import versions
     from ..ops import OPS
 
     console = Console()
@@ -167,7 +122,7 @@ def main(argv: list[str]) -> int:
         console.print(table)
         console.print()
 
-    facts("versions", _versions())
+    facts("versions", versions())
     facts("machine", _machine())
     failures: list[str] = []
     table = Table(title="ops", title_justify="left", title_style="bold", box=None, pad_edge=False)

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": ("generate", "continue a text with a trained model"),
     "evaluate": ("evaluate", "bits per byte of a text under a trained model, beside baselines"),
     "list": ("listing", "models, mixers and recipes"),
+    "bench": ("bench", "how fast ops and models are here, side by side with other libraries"),
     "doctor": ("doctor", "what this machine offers, which kernels run on it, and whether they are right"),
 }
 
