@@ -252,8 +252,18 @@ def _forward(
 
 
 @inlined
+def _gather(sums, lost, at, value):
+    """sums += value with the rounding error kept in `lost` (Kahan): a sum over a long sequence loses no digits."""
+    value = value - load(lost, at)
+    before = load(sums, at)
+    after = before + value
+    store(lost, at, (after - before) - value)
+    store(sums, at, after)
+
+
+@inlined
 def _four_adjoints(
-    from_start, g, A1, A2, dA, at, step, u, grad, pre, s, q, j, bs, cs, n, N, marks, steps, ends, count, fresh,
+    from_start, g, A1, A2, dA, lost_A, at, step, u, grad, pre, s, q, j, bs, cs, n, N, marks, steps, ends, count, fresh,
     h, a, acc_b, acc_c,
 ):  # fmt: skip
     """States n ... n + 3 of sixteen channels: forward through the tile once more, then their adjoint, backwards.
@@ -300,7 +310,7 @@ def _four_adjoints(
         first = ends[run]
     a0, a1, a2, a3 = load(A1, at), load(A1, at + W), load(A1, at + 2 * W), load(A1, at + 3 * W)
     g0, g1, g2, g3 = load(g, at), load(g, at + W), load(g, at + 2 * W), load(g, at + 3 * W)
-    d0, d1, d2, d3 = load(dA, at), load(dA, at + W), load(dA, at + 2 * W), load(dA, at + 3 * W)
+    d0, d1, d2, d3 = zeros(), zeros(), zeros(), zeros()
     for i in range(steps - 1, -1, -1):
         dy = load(grad, i * W + j)
         v = load(u, i * W + j)
@@ -336,10 +346,10 @@ def _four_adjoints(
     store(g, at + W, g1)
     store(g, at + 2 * W, g2)
     store(g, at + 3 * W, g3)
-    store(dA, at, d0)
-    store(dA, at + W, d1)
-    store(dA, at + 2 * W, d2)
-    store(dA, at + 3 * W, d3)
+    _gather(dA, lost_A, at, d0)
+    _gather(dA, lost_A, at + W, d1)
+    _gather(dA, lost_A, at + 2 * W, d2)
+    _gather(dA, lost_A, at + 3 * W, d3)
 
 
 @common.kernel
@@ -365,8 +375,9 @@ def _backward(
     pre = np.zeros((T, W), np.float32)
     s = np.zeros((T, W), np.float32)
     q = np.zeros((T, W), np.float32)
-    dD_block = np.zeros(W, np.float32)
-    dbias_block = np.zeros(W, np.float32)
+    lost_A = np.zeros((N4, W), np.float32)
+    dD_tile, dD_block, lost_D = np.zeros(W, np.float32), np.zeros(W, np.float32), np.zeros(W, np.float32)
+    dbias_tile, dbias_block, lost_bias = np.zeros(W, np.float32), np.zeros(W, np.float32), np.zeros(W, np.float32)
     bs = np.zeros((T, N4), np.float32)
     cs = np.zeros((T, N4), np.float32)
     b_flat, c_flat = bs.reshape(-1), cs.reshape(-1)
@@ -383,8 +394,9 @@ def _backward(
         A1[:] = _F(0)
         g[:] = _F(0)
         dA_block[:] = _F(0)
-        dD_block[:] = _F(0)
-        dbias_block[:] = _F(0)
+        lost_A[:] = _F(0)
+        for sums in (dD_block, lost_D, dbias_block, lost_bias):
+            sums[:] = _F(0)
         for j in range(w):
             for n in range(N):
                 A1[n, j] = A[c0 + j, n]
@@ -429,8 +441,8 @@ def _backward(
                 acc_c[: steps * 64] = _F(0)
                 for j in range(0, w, LANES):
                     _four_adjoints(
-                        from_start, g, A1, A2, dA_block, n * W + j, step, u, grad, pre, s, q, j, b_flat, c_flat, n, N4,
-                        marks, steps, ends, count, fresh, h, a, acc_b, acc_c,
+                        from_start, g, A1, A2, dA_block, lost_A, n * W + j, step, u, grad, pre, s, q, j, b_flat, c_flat,
+                        n, N4, marks, steps, ends, count, fresh, h, a, acc_b, acc_c,
                     )  # fmt: skip
                 for i in range(steps):
                     for k in range(min(4, N - n)):
@@ -454,18 +466,23 @@ def _backward(
                     if D.size:
                         skip = lanes(D, c0 + j, count_)
                         out = out + skip * d
-                        store(dD_block, j, load(dD_block, j) + d * v)
+                        store(dD_tile, j, load(dD_tile, j) + d * v)
                         if z.size:
                             store(pre, m, load(pre, m) + skip * v)
                     put(dx, row + j, count_, out)
                     e = (load(q, m) + through * v) * load(slope, m)
                     put(ddt, row + j, count_, e)
-                    store(dbias_block, j, load(dbias_block, j) + e)
+                    store(dbias_tile, j, load(dbias_tile, j) + e)
                     if z.size:
                         gate = lanes(z, az + i * zl + j, count_)
                         open_ = sigmoid(gate)
                         e = lanes(dy, row + j, count_) * load(pre, m)
                         put(dz, row + j, count_, e * open_ * (_F(1) + gate * (_F(1) - open_)))
+            for j in range(0, w, LANES):
+                _gather(dD_block, lost_D, j, load(dD_tile, j))
+                _gather(dbias_block, lost_bias, j, load(dbias_tile, j))
+                store(dD_tile, j, zeros())
+                store(dbias_tile, j, zeros())
         for j in range(w):
             if D.size:
                 dD[b, c0 + j] = dD_block[j]
