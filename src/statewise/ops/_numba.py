@@ -1,9 +1,9 @@
-"""What the Numba kernels share: how they are compiled, a thread pool, and the way from tensors to memory.
+"""What the Numba kernels share: how they are compiled, how work is spread over threads, and the way from tensors to
+memory.
 
 Why not Numba's own `parallel=True`: its default threading layer aborts the process when two Python threads launch
-kernels at once, and its pool does not survive a fork. Kernels here are `nogil` functions over a range of blocks; the
-pool below splits the range, so they are safe from several threads, in forked workers, and under
-`torch.set_num_threads`.
+kernels at once, and its pool does not survive a fork. Kernels here are `nogil` functions over a range of blocks, and
+`run` splits the range, so they are safe from several threads, in forked workers, and under `torch.set_num_threads`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
@@ -30,16 +31,43 @@ reducing_kernel = numba.njit(
 
 _pool: ThreadPoolExecutor | None = None
 _pool_threads = 0
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def _forget_pool() -> None:
-    # Threads do not survive a fork: the child makes a pool of its own when it needs one.
-    global _pool, _pool_threads
-    _pool, _pool_threads = None, 0
+def _find_team() -> Any:
+    """GOMP_parallel of the OpenMP runtime that PyTorch has loaded, None if it uses another one.
+
+    After each of its own operators PyTorch keeps its threads spinning for some milliseconds. Threads of our own would
+    have to share the cores with them, which made whole models wait up to twice as long; so PyTorch's threads are asked.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:
+            paths = {line.split(None, 5)[5].strip() for line in maps if "libgomp" in line}
+    except (OSError, IndexError):
+        return None
+    root = os.path.dirname(os.path.dirname(torch.__file__))
+    ours = sorted(p for p in paths if p.startswith(root)) or sorted(paths)
+    if not ours:
+        return None
+    try:
+        start = ctypes.CDLL(ours[0]).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    start.argtypes, start.restype = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
+    return start
+
+
+_team: Any = _find_team()
+
+
+def _after_fork() -> None:
+    # Threads do not survive a fork, and OpenMP does not know: the child makes a pool of its own when it needs one.
+    global _pool, _pool_threads, _team
+    _pool, _pool_threads, _team = None, 0, None
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _executor(threads: int) -> ThreadPoolExecutor:
@@ -75,11 +103,28 @@ def run(function, blocks: int, *args, inline: bool = False) -> None:
         for w in range(count):
             function(bounds[w], bounds[w + 1], w, *args)
         return
-    pool = _executor(threads - 1)
-    tasks = [pool.submit(function, bounds[w], bounds[w + 1], w, *args) for w in range(1, count)]
-    function(bounds[0], bounds[1], 0, *args)
-    for task in tasks:
-        task.result()
+    left = iter(range(count))
+    failed: list[BaseException] = []
+
+    def work(_: Any = None) -> None:
+        # Each thread takes ranges until none is left: OpenMP may give fewer threads than were asked for.
+        try:
+            for w in left:
+                function(bounds[w], bounds[w + 1], w, *args)
+        except BaseException as error:  # would be lost on the way through C
+            failed.append(error)
+
+    if _team is not None:
+        # As many as PyTorch itself asks for, even if some find nothing to do: another number would end threads.
+        _team(_BODY(work), None, torch.get_num_threads(), 0)
+    else:
+        pool = _executor(threads - 1)
+        tasks = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+        for task in tasks:
+            task.result()
+    if failed:
+        raise failed[0]
 
 
 _LARGE = 8 * 2**20  # bytes; the C library asks the system anew for memory of this size, page by page
