@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,5 +45,5 @@ def test_fewer_blocks_than_threads(three_threads):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="wheels for Linux bring GNU OpenMP")
 def test_the_team_of_pytorch_is_found():
-    if "OpenMP" in torch.__config__.parallel_info() and "libgomp" in open("/proc/self/maps").read():
+    if "OpenMP" in torch.__config__.parallel_info() and "libgomp" in Path("/proc/self/maps").read_text():
         assert _numba._team is not None
