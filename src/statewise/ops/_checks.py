@@ -32,16 +32,25 @@ def complex_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def shape(op: str, name: str, t: Tensor, want: Sequence[int | str], sizes: dict[str, int]) -> None:
     """Check `t` against a shape such as ("B", "L", "D"); known letters must agree, new ones go into `sizes`."""
-    expected = tuple(sizes.get(s, s) if isinstance(s, str) else s for s in want)
-    ok = t.ndim == len(want) and all(e == n for e, n in zip(expected, t.shape) if isinstance(e, int))
+    # Written for speed: a decoding step makes dozens of these checks.
+    got = t.shape
+    new = []
+    ok = len(got) == len(want)
+    if ok:
+        for s, n in zip(want, got):
+            e = sizes.get(s) if s.__class__ is str else s
+            if e is None:
+                new.append((s, n))
+            elif isinstance(e, int) and e != n:
+                ok = False
+                break
     if not ok:
         letters = ", ".join(str(s) for s in want)
-        numbers = ", ".join(str(e) for e in expected)
+        numbers = ", ".join(str(sizes.get(s, s) if isinstance(s, str) else s) for s in want)
         wanted = f"({letters})" if letters == numbers else f"({letters}) = ({numbers})"
-        raise ValueError(f"{op}: {name}: want shape {wanted}, got {tuple(t.shape)}")
-    for s, n in zip(want, t.shape):
-        if isinstance(s, str):
-            sizes.setdefault(s, n)
+        raise ValueError(f"{op}: {name}: want shape {wanted}, got {tuple(got)}")
+    for s, n in new:
+        sizes.setdefault(s, n)  # type: ignore[arg-type]
 
 
 def same_kind(op: str, first: tuple[str, Tensor], **others: Tensor | None) -> None:

@@ -32,8 +32,8 @@ class Ours:
         return self.start(tokens)
 
     def start(self, tokens: Tensor) -> Tensor:
-        logits, self._state = self.model.extend(tokens, None)
-        return logits[:, -1]
+        logits, self._state = self.model.prefill(tokens, None)
+        return logits
 
     def step(self, token: Tensor) -> Tensor:
         logits, self._state = self.model.step(token, self._state)

@@ -164,7 +164,7 @@ class LanguageModel(Causal, Pretrained):
         return self._body(x, state, seg, last=False)
 
     def prefill(
-        self, tokens: Tensor, state: LanguageState, seg: Segments | None = None
+        self, tokens: Tensor, state: LanguageState | None, seg: Segments | None = None
     ) -> tuple[Tensor, LanguageState]:
         """`extend` for a prompt (B, L), L > 0, of which only the end matters: logits (B, V) after the last position.
 

@@ -50,15 +50,24 @@ def _places(marks, has_marks, b, t, taps, at):
             at[k] = p
 
 
-@inlined
-def _input(x, base, row, state, start, channels, place, c, count):
-    if place >= 0:
-        v = lanes(x, base + place * row + c, count)
-    elif place == _NOTHING:
-        v = zeros()
-    else:
-        v = lanes(state, start + (-1 - place) * channels + c, count)
-    return v
+# A branch between arrays inside a loop makes Numba count references there, a thousand cycles for each vector: places
+# are looked at once for a whole row.
+
+
+@_numba.kernel
+def _collect(x, base, row, state, start, channels, at, taps, lo, hi, inputs, wide):
+    """The inputs at the places of `at` into the rows of `inputs`."""
+    for k in range(taps):
+        place, to = at[k], k * wide - lo
+        if place >= 0:
+            for c in range(lo, hi, LANES):
+                store(inputs, to + c, lanes(x, base + place * row + c, hi - c))
+        elif place == _NOTHING:
+            for c in range(lo, hi, LANES):
+                store(inputs, to + c, zeros())
+        else:
+            for c in range(lo, hi, LANES):
+                store(inputs, to + c, lanes(state, start + (-1 - place) * channels + c, hi - c))
 
 
 @inlined
@@ -92,25 +101,45 @@ def _four(x, base, row, w, bias, channels, silu, y, to):
 
 
 @_numba.kernel
+def _one(x, here, row, w, bias, taps, channels, silu, y, to):
+    """One position whose inputs stand `row` apart, backwards from `here`."""
+    for c in range(0, channels, LANES):
+        n = channels - c
+        acc = lanes(bias, c, n)
+        for k in range(taps):
+            acc = acc + lanes(x, here - k * row + c, n) * lanes(w, (taps - 1 - k) * channels + c, n)
+        put(y, to + c, n, _silu(acc, silu))
+
+
+@_numba.kernel
 def _forward(
     start, stop, worker, x, w, bias, state, marks, y, last, parts, span, length, channels, sx, has_marks, silu
 ):
     taps = w.size // channels
     at = np.empty(taps + 1, np.int64)
+    wide = (channels + LANES - 1) // LANES * LANES
+    inputs = np.empty(taps * wide, np.float32)
     for task in range(start, stop):
         b = task // parts
         t = (task % parts) * span
         end = min(length, t + span)
         base = b * sx[0]
         first = b * (taps - 1) * channels
-        clear = 0  # how many positions before t stand side by side in one document
+        clear = 0  # how many positions before t stand side by side in one document (as far as it matters)
+        while clear < min(t, taps):
+            mark = marks[b, t - 1 - clear] if has_marks else np.uint8(0)
+            if mark == 2:
+                break
+            clear += 1
+            if mark == 1:
+                break
         while t < end:
             to = (b * length + t) * channels
-            side_by_side = taps == 4 and clear >= 3 and t + 4 <= end
-            if side_by_side and has_marks:
+            together = taps == 4 and clear >= 3 and t + 4 <= end
+            if together and has_marks:
                 for i in range(4):
-                    side_by_side = side_by_side and marks[b, t + i] == 0
-            if side_by_side:
+                    together = together and marks[b, t + i] == 0
+            if together:
                 _four(x, base + (t - 3) * sx[1], sx[1], w, bias, channels, silu, y, to)
                 t += 4
                 clear += 4
@@ -120,36 +149,37 @@ def _forward(
                 for c in range(0, channels, LANES):
                     put(y, to + c, channels - c, zeros())
                 clear = 0
+            elif mark == 0 and clear >= taps - 1:
+                _one(x, base + t * sx[1], sx[1], w, bias, taps, channels, silu, y, to)
+                clear += 1
             else:
                 clear = 1 if mark == 1 else clear + 1
                 _places(marks, has_marks, b, t, taps, at)
-                for c in range(0, channels, LANES):
-                    n = channels - c
-                    acc = lanes(bias, c, n)
-                    for k in range(taps):
-                        v = _input(x, base, sx[1], state, first, channels, at[k], c, n)
-                        acc = acc + v * lanes(w, (taps - 1 - k) * channels + c, n)
-                    put(y, to + c, n, _silu(acc, silu))
+                _collect(x, base, sx[1], state, first, channels, at, taps, 0, channels, inputs, wide)
+                _one(inputs, 0, -wide, w, bias, taps, channels, silu, y, to)
             t += 1
         if end == length:
             # The state holds the inputs that a next position would need.
             _places(marks, has_marks, b, length, taps, at)
+            at[0] = _NOTHING
+            _collect(x, base, sx[1], state, first, channels, at, taps, 0, channels, inputs, wide)
             for k in range(1, taps):
                 to = first + (taps - 1 - k) * channels
                 for c in range(0, channels, LANES):
-                    n = channels - c
-                    put(last, to + c, n, _input(x, base, sx[1], state, first, channels, at[k], c, n))
+                    put(last, to + c, channels - c, load(inputs, k * wide + c))
 
 
-@inlined
-def _give(dx, base, dstate, start, channels, place, c, n, value):
-    """Add to the gradient of the input at a place."""
+@_numba.kernel
+def _give(dx, base, dstate, start, channels, place, lo, hi, values, at):
+    """Add a row to the gradient of the input at a place."""
     if place >= 0:
-        i = base + place * channels + c
-        put(dx, i, n, lanes(dx, i, n) + value)
+        for c in range(lo, hi, LANES):
+            i = base + place * channels + c
+            put(dx, i, hi - c, lanes(dx, i, hi - c) + lanes(values, at + c, hi - c))
     elif place != _NOTHING:
-        i = start + (-1 - place) * channels + c
-        put(dstate, i, n, lanes(dstate, i, n) + value)
+        for c in range(lo, hi, LANES):
+            i = start + (-1 - place) * channels + c
+            put(dstate, i, hi - c, lanes(dstate, i, hi - c) + lanes(values, at + c, hi - c))
 
 
 @_numba.kernel
@@ -188,6 +218,7 @@ def _backward(
     # Row `taps` of both is for the bias. Sums over time go in two levels.
     near = np.empty((taps + 1) * wide, np.float32)
     far = np.empty((taps + 1) * wide, np.float32)
+    inputs = np.empty(taps * wide, np.float32)
     for task in range(start, stop):
         b = task // blocks
         lo = (task % blocks) * block
@@ -213,37 +244,32 @@ def _backward(
                 )  # fmt: skip
             else:
                 _places(marks, has_marks, b, t, taps, at)
+                _collect(x, base, sx[1], state, first, channels, at, taps, lo, hi, inputs, wide)
                 for c in range(lo, hi, LANES):
-                    n = hi - c
+                    n, j = hi - c, c - lo
                     g = lanes(dy, b * sd[0] + t * sd[1] + c, n)
                     if silu:
                         acc = lanes(bias, c, n)
                         for k in range(taps):
-                            v = _input(x, base, sx[1], state, first, channels, at[k], c, n)
-                            acc = acc + v * lanes(w, (taps - 1 - k) * channels + c, n)
+                            acc = acc + load(inputs, k * wide + j) * lanes(w, (taps - 1 - k) * channels + c, n)
                         gate = sigmoid(acc)
                         g = g * gate * (acc * (_F(1) - gate) + _F(1))
-                    j = c - lo
-                    put(dx, here + c, n, g * lanes(w, (taps - 1) * channels + c, n))
                     for k in range(taps):
-                        tap = taps - 1 - k
-                        m = tap * wide + j
-                        v = _input(x, base, sx[1], state, first, channels, at[k], c, n)
-                        store(near, m, load(near, m) + g * v)
-                        if k > 0:
-                            value = g * lanes(w, tap * channels + c, n)
-                            _give(dx, out, dstate, first, channels, at[k], c, n, value)
+                        m = (taps - 1 - k) * wide + j
+                        store(near, m, load(near, m) + g * load(inputs, k * wide + j))
+                        store(inputs, k * wide + j, g * lanes(w, (taps - 1 - k) * channels + c, n))
+                    put(dx, here + c, n, load(inputs, j))
                     m = taps * wide + j
                     store(near, m, load(near, m) + g)
+                for k in range(1, taps):
+                    _give(dx, out, dstate, first, channels, at[k], lo, hi, inputs, k * wide - lo)
             if t % _FLUSH == _FLUSH - 1:
                 for m in range(0, near.size, LANES):
                     store(far, m, load(far, m) + load(near, m))
                     store(near, m, zeros())
         _places(marks, has_marks, b, length, taps, at)
         for k in range(1, taps):
-            for c in range(lo, hi, LANES):
-                value = lanes(dlast, first + (taps - 1 - k) * channels + c, hi - c)
-                _give(dx, out, dstate, first, channels, at[k], c, hi - c, value)
+            _give(dx, out, dstate, first, channels, at[k], lo, hi, dlast, first + (taps - 1 - k) * channels)
         for c in range(lo, hi, LANES):
             for k in range(taps):
                 m = k * wide + c - lo
