@@ -27,6 +27,12 @@ def _steady():
     assert torch.get_num_threads() == THREADS, "the test left the number of threads changed"
 
 
+@pytest.fixture
+def split_small(monkeypatch):
+    """Kernels spread even tiny work over threads."""
+    monkeypatch.setattr("statewise.ops._numba.split_small", True)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Skips are never silent: say how many there were, and why."""
     reasons: dict[str, int] = {}

@@ -100,6 +100,7 @@ def test_a_token_has_the_same_bits_however_it_is_computed(kind, dtype):
         assert differs(model, x) == []
 
 
+@pytest.mark.usefixtures("split_small")
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_ordinary_mode_does_not_promise_it(kind):
@@ -131,6 +132,7 @@ def test_gradients_from_run_to_run_and_for_any_number_of_threads(kind, threads):
         threads(1)
 
 
+@pytest.mark.usefixtures("split_small")
 def test_ordinary_mode_depends_on_threads(threads):
     model, x = build("mamba", width=128), tokens(2, 300)
     first = outcome(model, x)

@@ -33,6 +33,7 @@ def _with_kernels():
             yield name
 
 
+@pytest.mark.usefixtures("split_small")
 @pytest.mark.parametrize("name", list(_with_kernels()))
 def test_definition_with_two_threads(name):
     laws = [law for law in op_laws(OPS[name]) if law.name.startswith("definition") and ",B3," in law.name]

@@ -220,6 +220,7 @@ def test_strided_inputs():
             assert torch.equal(got, want)
 
 
+@pytest.mark.usefixtures("split_small")
 def test_from_many_threads_at_once():
     a, x = decays(3, 200, 300), normal(3, 200, 300)
     want = linear_scan(a, x)[0]
@@ -228,6 +229,7 @@ def test_from_many_threads_at_once():
             assert torch.equal(h, want)
 
 
+@pytest.mark.usefixtures("split_small")
 def test_number_of_threads_changes_nothing():
     a, x = decays(1, 50, 1000), normal(1, 50, 1000)
     threads = torch.get_num_threads()

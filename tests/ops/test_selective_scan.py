@@ -70,6 +70,7 @@ def test_training_memory_is_linear_in_length_without_a_state_per_position():
     assert 0.7 < slope / earlier < 1.4
 
 
+@pytest.mark.usefixtures("split_small")
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_result_does_not_depend_on_the_number_of_threads(threads):
     given = inputs(2, 200, (150, 16))
@@ -84,6 +85,7 @@ def test_result_does_not_depend_on_the_number_of_threads(threads):
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.usefixtures("split_small")
 def test_several_python_threads_at_once():
     given = [inputs(2, 300, (150, 16), seed=s) for s in range(6)]
     expected = [selective_scan(**i)[0] for i in given]
@@ -100,6 +102,7 @@ class _Scans(torch.utils.data.Dataset):
         return selective_scan(**inputs(2, 300, (150, 16), seed=seed))[0]
 
 
+@pytest.mark.usefixtures("split_small")
 def test_in_forked_data_loader_workers():
     expected = [_Scans()[i] for i in range(4)]  # starts the thread pool that the workers must not inherit
     got = list(torch.utils.data.DataLoader(_Scans(), batch_size=None, num_workers=2, multiprocessing_context="fork"))

@@ -81,8 +81,14 @@ def _executor(threads: int) -> ThreadPoolExecutor:
 _SHARES = 8
 
 
-def workers(blocks: int) -> int:
-    """Into how many ranges `run` will cut this many blocks: one a thread."""
+# Set by tests: spread work over threads also where it is too little to be worth it.
+split_small = False
+
+
+def workers(blocks: int, inline: bool = False) -> int:
+    """Into how many ranges `run` will cut this many blocks: one a thread, or one in all."""
+    if inline and not split_small:
+        return 1
     if _deterministic.active():
         return max(1, min(_SHARES, blocks))
     return max(1, min(torch.get_num_threads(), blocks))
@@ -91,9 +97,11 @@ def workers(blocks: int) -> int:
 def run(function, blocks: int, *args, inline: bool = False) -> None:
     """Call `function(start, stop, worker, *args)` over [0, blocks), split evenly over threads.
 
+    `inline`: the work is so little (a few tenths of a millisecond) that waking another thread would cost more.
+
     The split depends only on `blocks` and the number of threads, so per-worker sums are reproducible.
     """
-    count = 1 if inline else workers(blocks)
+    count = workers(blocks, inline)
     if count == 1:
         function(0, blocks, 0, *args)
         return

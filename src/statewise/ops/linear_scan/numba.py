@@ -20,7 +20,7 @@ _BLOCK = 2048
 # Positions ahead of which memory is asked for.
 _AHEAD = 4
 # Below this many numbers the pool costs more than it gives.
-_INLINE = 1 << 14
+_INLINE = 1 << 18
 # Steps after which partial sums over time are added up: plain summation over a long sequence loses digits.
 _FLUSH = 64
 

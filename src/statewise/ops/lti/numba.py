@@ -259,7 +259,7 @@ def forward(u: Tensor, kernel: Tensor) -> Tensor:
     memory, (ub, ul) = common.rows(u)
     common.run(
         _forward, -(-channels // LANES), rows, L, channels, memory, ub, ul, common.words(kernel.mT), taps, points,
-        *_circle(points), common.words(y), inline=u.numel() < 4096,
+        *_circle(points), common.words(y), inline=u.numel() < 1 << 15,
     )  # fmt: skip
     return y
 
@@ -271,6 +271,6 @@ def backward(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
     (grad, (gb, gl)), (memory, (ub, ul)) = common.rows(dy), common.rows(u)
     common.run(
         _backward, -(-channels // LANES), rows, L, channels, grad, gb, gl, memory, ub, ul, common.words(kernel.mT),
-        taps, points, *_circle(points), common.words(du), common.words(dkernel), inline=u.numel() < 4096,
+        taps, points, *_circle(points), common.words(du), common.words(dkernel), inline=u.numel() < 1 << 15,
     )  # fmt: skip
     return du, dkernel.mT.contiguous()

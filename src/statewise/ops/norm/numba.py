@@ -105,7 +105,7 @@ def forward(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, grou
     y = common.output(x.shape, x)
     weight_ = _NONE if weight is None else common.f32(weight)
     common.run(
-        _forward, rows, *sizes, *_memory(x), *_memory(z), weight_, _F(eps), common.words(y), inline=x.numel() < 1 << 15
+        _forward, rows, *sizes, *_memory(x), *_memory(z), weight_, _F(eps), common.words(y), inline=x.numel() < 1 << 18
     )
     return y.to(x.dtype)
 
@@ -115,8 +115,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, z and weight; empty for absent inputs."""
     rows, *sizes = _sizes(x, groups)
-    inline = x.numel() < 1 << 14
-    workers = 1 if inline else common.workers(rows)
+    inline = x.numel() < 1 << 17
+    workers = common.workers(rows, inline)
     dx, dz = (common.output((0,) if t is None else t.shape, x) for t in (x, z))
     dweight = torch.zeros(workers, x.shape[-1] if weight is not None else 0)
     common.run(

@@ -20,7 +20,7 @@ _F = np.float32
 # Channels per task at most: rows and taps of a block stay in the first-level cache.
 _BLOCK = 512
 # Below this many numbers the pool costs more than it gives.
-_INLINE = 1 << 14
+_INLINE = 1 << 18
 _NO_MARKS = np.zeros((1, 1), np.uint8)
 # Steps after which partial sums over time are added up: plain summation over a long sequence loses digits.
 _FLUSH = 64
