@@ -263,7 +263,7 @@ def _gather(sums, lost, at, value):
 
 @inlined
 def _four_adjoints(
-    from_start, g, A1, A2, dA, lost_A, at, step, u, grad, pre, s, q, j, bs, cs, n, N, marks, steps, ends, count, fresh,
+    from_start, g, A1, A2, dA, lost_A, at, step, u, grad, pre, s, q, j, bs, cs, n, N, steps, ends, count, fresh,
     h, a, acc_b, acc_c,
 ):  # fmt: skip
     """States n ... n + 3 of sixteen channels: forward through the tile once more, then their adjoint, backwards.
@@ -442,7 +442,7 @@ def _backward(
                 for j in range(0, w, LANES):
                     _four_adjoints(
                         from_start, g, A1, A2, dA_block, lost_A, n * W + j, step, u, grad, pre, s, q, j, b_flat, c_flat,
-                        n, N4, marks, steps, ends, count, fresh, h, a, acc_b, acc_c,
+                        n, N4, steps, ends, count, fresh, h, a, acc_b, acc_c,
                     )  # fmt: skip
                 for i in range(steps):
                     for k in range(min(4, N - n)):

@@ -55,14 +55,19 @@ def _coefficient_sizes(dt: Tensor, A: Tensor, B: Tensor, C: Tensor, sizes: dict[
         raise ValueError(f"ssd: B: want groups G that divide the {sizes['H']} heads, got G = {sizes['G']}")
 
 
-def _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None, *values: Tensor):
-    """Step size, log decay and values with padding made neutral, and the reset mask."""
+def _steps(dt, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None) -> Tensor:
+    """Step size in the compute dtype, zero in padding."""
     if seg is not None:
         dt = seg.mask(dt)  # before softplus: what stands in padding must not reach a gradient
     dt = step_size(dt, dtype, dt_bias, dt_softplus, dt_limit)
+    return dt if seg is None else seg.mask(dt)
+
+
+def _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg: Segments | None, *values: Tensor):
+    """Step size, log decay and values with padding made neutral, and the reset mask."""
+    dt = _steps(dt, dtype, dt_bias, dt_softplus, dt_limit, seg)
     values = tuple(v.to(dtype) for v in values)
     if seg is not None:
-        dt = seg.mask(dt)
         values = tuple(seg.mask(v) for v in values)
     return dt, dt * A.to(dtype), values, None if seg is None else seg.resets
 
@@ -282,8 +287,6 @@ def ssd(
     if chosen == "triton":
         return _on_gpu((x, dt, A, B, C, D, z, dt_bias), dt_softplus, dt_limit, chunk_size, state, seg)
     dtype = _checks.compute_dtype(x)
-    if state is None:
-        state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
     if sizes["L"] == 1 and seg is None and algorithm is None and not _deterministic.active():
         y, state = ssd_step(
             x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, None if z is None else z[:, 0], dt_bias, dt_softplus,
@@ -291,7 +294,7 @@ def ssd(
         )  # fmt: skip
         return y[:, None], state
     if chosen == "numba":
-        dt_, *_ = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg)
+        dt_ = _steps(dt, dtype, dt_bias, dt_softplus, dt_limit, seg)
         # y has the dtype of x, and before the gate it must not be rounded.
         tensors = (x if z is None else x.to(dtype), dt_, A, B, C, _per_channel(D, sizes["P"]), state)
         marks = None if seg is None else seg.marks
@@ -300,6 +303,8 @@ def ssd(
         kernel = _recurrent if _deterministic.active() else _forward
         y, state, _ = kernel(*tensors, marks, min(chunk_size or CHUNK, MAX_CHUNK), keep)
         return _tail(y, x, None, z, seg).to(x.dtype), state
+    if state is None:
+        state = x.new_zeros(sizes["B"], sizes["H"], sizes["P"], sizes["N"], dtype=dtype)
     dt_, log_a, (v, b, c), resets = _lower(dt, A, dtype, dt_bias, dt_softplus, dt_limit, seg, x, B, C)
     if seg is not None:
         state = seg.forget(state)
