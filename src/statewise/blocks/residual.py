@@ -31,8 +31,14 @@ class ResidualBlock(Causal):
         return self.mixer.init_state(batch, capacity=capacity, device=device, dtype=dtype)
 
     def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
-        y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
-        x = x + y.to(x.dtype)
+        one = None
+        if x.shape[1] == 1 and seg is None and state is not None:
+            one = self.mixer.residual_step(x[:, 0], state, self.norm)
+        if one is not None:
+            x, state = one[0].unsqueeze(1), one[1]
+        else:
+            y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
+            x = x + y.to(x.dtype)
         if self.mlp is not None and self.norm2 is not None:
             x = x + self.mlp(self.norm2(x.to(self.norm2.weight.dtype))).to(x.dtype)
         return x, state

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.attention import KVBuffer, KVState, attention, attention_cache, attention_matrix, attention_positions
 from ..segments import Segments
 from .base import CausalMixer, HasMixing, Mixing, check_input
+from .layers import Linear
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
@@ -76,10 +77,10 @@ class Attention(CausalMixer, HasMixing):
             raise ValueError(f"Attention: rope_theta: want a positive base, got {rope_theta}")
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
         self.window, self.rope, self.rope_theta = window, rope, rope_theta
-        self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
+        self.q_proj = Linear(d_model, n_heads * head_dim, bias=bias)
+        self.k_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.v_proj = Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.out_proj = Linear(n_heads * head_dim, d_model, bias=bias)
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> KVState | KVBuffer:
         device = self._device() if device is None else device

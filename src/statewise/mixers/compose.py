@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..segments import Segments, reverse
 from .base import SequenceMixer, check_input
+from .layers import Linear
 
 
 class Bidirectional(SequenceMixer):
@@ -45,7 +46,7 @@ class Bidirectional(SequenceMixer):
         self.forward_mixer = _create(name, d_model, chosen)
         # One module under two names would be saved twice.
         self.backward_mixer = None if tied else _create(name, d_model, chosen)
-        self.out_proj = nn.Linear(2 * d_model, d_model, bias=False) if merge == "concat" else None
+        self.out_proj = Linear(2 * d_model, d_model, bias=False) if merge == "concat" else None
 
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
         check_input(self, x, self.d_model)

@@ -7,7 +7,15 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..ops.linear import linear
 from ..ops.norm import gated_rms_norm, rms_norm
+
+
+class Linear(nn.Linear):
+    """`ops.linear` with a weight (out, in), initialised as PyTorch's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):

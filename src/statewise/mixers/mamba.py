@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor, nn
 
 from ..maths.initialisers import inverse_softplus_dt
 from ..ops._dt import decay_rate
+from ..ops.decode import MambaWeights, Norm, mamba_layer
+from ..ops.linear import linear
 from ..ops.selective_scan import selective_scan, selective_scan_matrix
 from ..ops.short_conv import short_conv
 from ..segments import Segments
 from ..state import exportable
-from .base import CausalMixer, HasMixing, Mixing, check_input
-from .layers import ShortConv
+from .base import HasMixing, Mixing, check_input
+from .layers import Linear, ShortConv
+from .one_step import OneStep
 
 
 @exportable
@@ -24,7 +28,7 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (B, D_in, N)
 
 
-class Mamba(CausalMixer, HasMixing):
+class Mamba(OneStep, HasMixing):
     """Mamba mixer (S6): every channel is a diagonal system whose step, input and output depend on the input.
 
     Args:
@@ -62,10 +66,10 @@ class Mamba(CausalMixer, HasMixing):
         super().__init__()
         self.d_model, self.d_state, self.d_inner = d_model, d_state, int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d = ShortConv(self.d_inner, d_conv, conv_bias)
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner)
         bound = dt_scale / math.sqrt(self.dt_rank)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-bound, bound)
@@ -73,7 +77,7 @@ class Mamba(CausalMixer, HasMixing):
         rates = torch.arange(1, d_state + 1, dtype=torch.float32).log()
         self.A_log = nn.Parameter(rates.repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias)
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> MambaState:
         device = self._device() if device is None else device
@@ -84,10 +88,22 @@ class Mamba(CausalMixer, HasMixing):
         """dt before bias and softplus, B and C from the convolved input."""
         dt, b, c = self.x_proj(v).split((self.dt_rank, self.d_state, self.d_state), -1)
         # The bias is added inside the scan, in float32, where softplus is taken.
-        return nn.functional.linear(dt, self.dt_proj.weight), b, c
+        return linear(dt, self.dt_proj.weight), b, c
+
+    def _layer(self, norm: Norm | None) -> Callable | None:
+        conv = self.conv1d
+        return mamba_layer(
+            MambaWeights(
+                self.in_proj.weight, self.in_proj.bias, conv.weight, conv.bias, self.x_proj.weight, self.dt_proj.weight,
+                self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight, self.out_proj.bias,
+            ),
+            norm,
+        )  # fmt: skip
 
     def _run(self, x: Tensor, state: MambaState | None, seg: Segments | None) -> tuple[Tensor, MambaState]:
         check_input(self, x, self.d_model)
+        if (one := self._one(x, state, seg)) is not None:
+            return one
         if seg is not None:
             x = seg.mask(x)
         v, z = self.in_proj(x).chunk(2, -1)

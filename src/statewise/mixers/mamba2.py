@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -9,12 +10,14 @@ from torch import Tensor, nn
 
 from ..maths.initialisers import inverse_softplus_dt
 from ..ops._dt import decay_rate
+from ..ops.decode import Heads, Mamba2Weights, Norm, mamba2_layer
 from ..ops.short_conv import short_conv
 from ..ops.ssd import ssd, ssd_matrix
 from ..segments import Segments
 from ..state import exportable
-from .base import CausalMixer, HasMixing, Mixing, check_input
-from .layers import GatedRMSNorm, ShortConv
+from .base import HasMixing, Mixing, check_input
+from .layers import GatedRMSNorm, Linear, ShortConv
+from .one_step import OneStep
 
 
 @exportable
@@ -23,7 +26,7 @@ class Mamba2State(NamedTuple):
     ssm: Tensor  # (B, H, P, N)
 
 
-class Mamba2(CausalMixer, HasMixing):
+class Mamba2(OneStep, HasMixing):
     """Mamba-2 mixer: one scalar decay per head, input-dependent step, input and output directions.
 
     Args:
@@ -75,13 +78,13 @@ class Mamba2(CausalMixer, HasMixing):
         self.dt_limit = None if dt_limit is None else (float(dt_limit[0]), float(dt_limit[1]))
         self.chunk_size = chunk_size
         d_conv_in = self.d_inner + 2 * n_groups * d_state
-        self.in_proj = nn.Linear(d_model, self.d_inner + d_conv_in + self.n_heads, bias=bias)
+        self.in_proj = Linear(d_model, self.d_inner + d_conv_in + self.n_heads, bias=bias)
         self.conv1d = ShortConv(d_conv_in, d_conv, conv_bias)
         self.dt_bias = nn.Parameter(inverse_softplus_dt((self.n_heads,), dt_min, dt_max, dt_floor))
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(*a_range).log())
         self.D = nn.Parameter(torch.ones((self.n_heads, head_dim) if skip_per_channel else (self.n_heads,)))
         self.norm = GatedRMSNorm(self.d_inner, n_groups)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias)
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> Mamba2State:
         device = self._device() if device is None else device
@@ -102,8 +105,21 @@ class Mamba2(CausalMixer, HasMixing):
             c.unflatten(-1, (self.n_groups, self.d_state)),
         )
 
+    def _layer(self, norm: Norm | None) -> Callable | None:
+        conv = self.conv1d
+        return mamba2_layer(
+            Mamba2Weights(
+                self.in_proj.weight, self.in_proj.bias, conv.weight, conv.bias, self.dt_bias, self.A_log, self.D,
+                self.norm.weight, self.out_proj.weight, self.out_proj.bias,
+            ),
+            norm,
+            Heads(self.n_groups, self.norm.groups, self.norm.eps, self.dt_limit),
+        )  # fmt: skip
+
     def _run(self, x: Tensor, state: Mamba2State | None, seg: Segments | None) -> tuple[Tensor, Mamba2State]:
         check_input(self, x, self.d_model)
+        if (one := self._one(x, state, seg)) is not None:
+            return one
         if seg is not None:
             x = seg.mask(x)
         z, conv_in, dt = self._project(x)

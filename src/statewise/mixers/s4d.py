@@ -16,6 +16,7 @@ from ..ops._precision import widen
 from ..ops.lti import diagonal_kernel, diagonal_ssm, diagonal_ssm_matrix
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, Mixing, check_input
+from .layers import Linear
 
 # How Re A < 0 is stored. "relu" and "none" are free parameters; "none" does not keep the system stable.
 REAL_TRANSFORMS = ("exp", "relu", "softplus", "none")
@@ -115,7 +116,7 @@ class S4D(CausalMixer, HasImpulse):
         self.C = nn.Parameter(torch.empty(d_model, modes, 2))
         self.D = nn.Parameter(torch.empty(d_model))
         self.reset_dynamics()
-        self.out_linear = nn.Linear(d_model, 2 * d_model) if glu else None
+        self.out_linear = Linear(d_model, 2 * d_model) if glu else None
 
     @torch.no_grad()
     def reset_dynamics(self) -> None:

@@ -18,6 +18,7 @@ from ..ops.linear_scan import linear_scan
 from ..ops.lti.reference import lags, powers
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMixer, check_input
+from .layers import Linear
 
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
 ACTIVATIONS = ("half_glu1", "half_glu2", "full_glu", "gelu", "none")
@@ -77,9 +78,9 @@ class _S5System(SequenceMixer):
         self.D = nn.Parameter(torch.empty(d_model))
         self.log_step = nn.Parameter(torch.empty(modes))
         if activation in ("half_glu1", "half_glu2", "full_glu"):
-            self.out2 = nn.Linear(d_model, d_model)
+            self.out2 = Linear(d_model, d_model)
         if activation == "full_glu":
-            self.out1 = nn.Linear(d_model, d_model)
+            self.out1 = Linear(d_model, d_model)
         for name in self.readouts:
             setattr(self, name, nn.Parameter(torch.empty(d_model, modes, 2)))
         self.reset_dynamics()

@@ -57,6 +57,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def chosen() -> str | None:
+    """The back-end that a context or the environment asks for, None for an automatic choice."""
+    return _forced or _environment
+
+
 def resolve(op: str, reasons: Mapping[str, str | None], requested: str | None = None) -> str:
     """Name of the back-end that serves a call of `op`.
 
@@ -69,7 +74,7 @@ def resolve(op: str, reasons: Mapping[str, str | None], requested: str | None = 
         # Plain PyTorch, which `deterministic` puts in order operator by operator, where the op has no kernel for CPU.
         ordered = "numba" if "numba" in reasons else "reference"
         reasons = {name: reason or (None if name == ordered else _UNORDERED) for name, reason in reasons.items()}
-    explicit = requested or _forced or _environment
+    explicit = requested or chosen()
     if explicit is None:
         for name, reason in reasons.items():
             if reason is None:

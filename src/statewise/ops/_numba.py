@@ -13,13 +13,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numba
 import numpy as np
 import torch
 
 from . import _deterministic
+from ._parallel import find_team, launch
 
 # "contract" lets LLVM fuse a*b+c, which only removes a rounding. Nothing else of fast-math is on by default:
 # infinities and NaN must stay visible.
@@ -28,42 +28,19 @@ kernel = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="
 reducing_kernel = numba.njit(
     nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", boundscheck=False
 )
+# For functions that call kernels in turn (`_parallel.fork`), so that Python is not asked in between.
+driver = numba.njit(nogil=True, cache=True)
 
 _pool: ThreadPoolExecutor | None = None
 _pool_threads = 0
-_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
-
-def _find_team() -> Any:
-    """GOMP_parallel of the OpenMP runtime that PyTorch has loaded, None if it uses another one.
-
-    After each of its own operators PyTorch keeps its threads spinning for some milliseconds. Threads of our own would
-    have to share the cores with them, which made whole models wait up to twice as long; so PyTorch's threads are asked.
-    """
-    try:
-        with open("/proc/self/maps", encoding="utf-8") as maps:
-            paths = {line.split(None, 5)[5].strip() for line in maps if "libgomp" in line}
-    except (OSError, IndexError):
-        return None
-    root = os.path.dirname(os.path.dirname(torch.__file__))
-    ours = sorted(p for p in paths if p.startswith(root)) or sorted(paths)
-    if not ours:
-        return None
-    try:
-        start = ctypes.CDLL(ours[0]).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    start.argtypes, start.restype = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return start
-
-
-_team: Any = _find_team()
+_team = find_team()
 
 
 def _after_fork() -> None:
     # Threads do not survive a fork, and OpenMP does not know: the child makes a pool of its own when it needs one.
     global _pool, _pool_threads, _team
-    _pool, _pool_threads, _team = None, 0, None
+    _pool, _pool_threads, _team = None, 0, 0
 
 
 if hasattr(os, "register_at_fork"):
@@ -105,34 +82,32 @@ def run(function, blocks: int, *args, inline: bool = False) -> None:
     if count == 1:
         function(0, blocks, 0, *args)
         return
-    bounds = [w * blocks // count for w in range(count + 1)]
     threads = min(torch.get_num_threads(), count)
-    if threads == 1:
-        for w in range(count):
-            function(bounds[w], bounds[w + 1], w, *args)
+    if threads > 1 and _team:
+        # As many as PyTorch itself asks for, even if some find nothing to do: another number would end threads.
+        launch(_team, function, blocks, count, torch.get_num_threads(), args)
         return
     left = iter(range(count))
-    failed: list[BaseException] = []
 
-    def work(_: Any = None) -> None:
-        # Each thread takes ranges until none is left: OpenMP may give fewer threads than were asked for.
-        try:
-            for w in left:
-                function(bounds[w], bounds[w + 1], w, *args)
-        except BaseException as error:  # would be lost on the way through C
-            failed.append(error)
+    def work() -> None:
+        for w in left:
+            function(w * blocks // count, (w + 1) * blocks // count, w, *args)
 
-    if _team is not None:
-        # As many as PyTorch itself asks for, even if some find nothing to do: another number would end threads.
-        _team(_BODY(work), None, torch.get_num_threads(), 0)
-    else:
-        pool = _executor(threads - 1)
-        tasks = [pool.submit(work) for _ in range(threads - 1)]
+    if threads == 1:
         work()
-        for task in tasks:
-            task.result()
-    if failed:
-        raise failed[0]
+        return
+
+    pool = _executor(threads - 1)
+    tasks = [pool.submit(work) for _ in range(threads - 1)]
+    work()
+    for task in tasks:
+        task.result()
+
+
+def team(work: int, small: int) -> tuple[int, int]:
+    """(team, threads) for a function that forks kernels itself: this thread alone if there is `small` work or less."""
+    threads = torch.get_num_threads()
+    return (0, 1) if threads == 1 or not _team or (work <= small and not split_small) else (_team, threads)
 
 
 _LARGE = 8 * 2**20  # bytes; the C library asks the system anew for memory of this size, page by page

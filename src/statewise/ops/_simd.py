@@ -17,8 +17,9 @@ from typing import Any
 
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -131,6 +132,16 @@ def _pointer(context: Any, builder: Any, typ: Any, array: Any, offset: Any, to: 
 
 
 @intrinsic
+def _memory(typingctx: Any, address: Any, like: Any) -> Any:
+    pointer = types.CPointer(like.dtype)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(types.int64, like), codegen
+
+
+@intrinsic
 def _zeros(typingctx: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _wide(builder)
@@ -159,6 +170,27 @@ def _load(typingctx: Any, array: Any, offset: Any) -> Any:
         return loaded if width == 4 else _widened(builder, loaded)
 
     return f32x16(array, types.int64), codegen
+
+
+def _half(odd: int) -> Any:
+    @intrinsic
+    def half(typingctx: Any, array: Any, offset: Any) -> Any:
+        if not (width := _width(array)):
+            return None
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            _wide(builder)
+            array, offset = args
+            if width == 4:
+                offset = builder.add(offset, ir.Constant(ir.IntType(64), odd * LANES))
+                return builder.load(_pointer(context, builder, sig.args[0], array, offset, _V, 4), align=4)
+            pairs = builder.load(_pointer(context, builder, sig.args[0], array, offset, _VI, 2), align=2)
+            bits = builder.and_(pairs, _integers(0xFFFF0000)) if odd else builder.shl(pairs, _integers(16))
+            return builder.bitcast(bits, _V)
+
+        return f32x16(array, types.int64), codegen
+
+    return half
 
 
 @intrinsic
@@ -385,6 +417,7 @@ def _positive(typingctx: Any, x: Any) -> Any:
 
 
 # The public names; an intrinsic takes a hidden first argument, which type checkers cannot see, hence Any.
+_from_address: Any = _memory
 zeros: Any = _zeros  # () -> lanes of zeros
 fill: Any = _fill  # (scalar)
 load: Any = _load  # (array, offset)
@@ -394,6 +427,11 @@ store_part: Any = _store_part  # (array, offset, count, lanes)
 address: Any = _address  # (array, offset) -> int
 prefetch: Any = _prefetching(0)  # (address): start to bring a cache line; harmless past the end of an array
 prefetch_to_write: Any = _prefetching(1)
+# (array, offset): 32 numbers as two vectors, for products in which the order of the numbers is free. Of float32 they
+# are the first and the last sixteen; of bfloat16 those with even and with odd places, which takes one instruction a
+# vector where `load` takes two and moves lanes. `halves` brings other numbers into the same order.
+first_half: Any = _half(0)
+second_half: Any = _half(1)
 total: Any = _total  # sum of the lanes, a float32
 exp2: Any = _exp2  # 2**x, relative error about 1e-7; x is clamped to [-126, 127], NaN stays
 # (a, b, c): a b + c. Whether it is fused is decided by the processor alone. The optimiser fuses a product and a sum or
@@ -407,12 +445,24 @@ within: Any = _within  # (x, first, low, high): zero but for the lanes l with lo
 # (source, offset, stride, into, offset, stride): a block of 16 x 16 numbers, transposed; strides between rows
 transpose: Any = _transposed
 
+_ENDLESS = 1 << 40
+# Vectors that fit the registers: 32 of AVX-512 hold 32, 16 of AVX2 hold 8.
+REGISTERS = 32 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 LOG2E = np.float32(1.4426950408889634)
 _ONE, _TWO = np.float32(1), np.float32(2)
 _SERIES = tuple(np.float32(2 / k) for k in (15, 13, 11, 9, 7, 5, 3))
 
 # Helpers on lanes are inlined: how a vector is passed between functions depends on the processor.
 inlined = numba.njit(inline="always")
+
+
+@inlined
+def memory(at, like):
+    """The numbers that stand from address `at` on, as a flat array with the dtype of the array `like`.
+
+    An address costs a tenth of what an array costs on its way from Python to a kernel.
+    """
+    return carray(_from_address(at, like), (_ENDLESS,))
 
 
 @inlined
@@ -423,6 +473,15 @@ def lanes(array, offset, count):
     else:
         v = load_part(array, offset, count)
     return v
+
+
+@inlined
+def halves(values, like):
+    """Of 32 float32 numbers, those that `first_half` and `second_half` would give for an array such as `like`."""
+    if like.itemsize == 2:
+        even, odd = values[0::2].copy(), values[1::2].copy()
+        values[:16] = even
+        values[16:32] = odd
 
 
 @inlined

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ... import mixers
 from ...blocks import GatedMLP, ResidualBlock
 from ...mixers.base import Causal, CausalMixer
-from ...mixers.layers import RMSNorm
+from ...mixers.layers import Linear, RMSNorm
+from ...ops.linear import linear
 from ...segments import Segments
 from ...state import State, exportable
 from .._weights import Pretrained
@@ -114,7 +114,7 @@ class LanguageModel(Causal, Pretrained):
             mlp = GatedMLP(d_model, d_intermediate) if d_intermediate else None
             self.layers.append(ResidualBlock(d_model, built, mlp, norm_eps=norm_eps))
         self.norm_f = RMSNorm(d_model, norm_eps)
-        self.lm_head = None if tie_embeddings else nn.Linear(d_model, rows, bias=False)
+        self.lm_head = None if tie_embeddings else Linear(d_model, rows, bias=False)
         self.reset_parameters()
 
     @property

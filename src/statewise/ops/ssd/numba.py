@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .. import _numba as common
-from .._simd import LANES, LOG2E, exp2, fill, lanes, load, put, store, total, transpose, within, zeros
+from .._simd import LANES, LOG2E, REGISTERS, exp2, fill, lanes, load, put, store, total, transpose, within, zeros
 
 _F = np.float32
+# Sixteen sums of a product stay in the registers of AVX-512; four in those of AVX2.
+_MANY = REGISTERS >= 32
 _NONE2 = np.zeros((0, 0), np.float32)
 _NONE4 = np.zeros((0, 0, 0, 0), np.float32)
 _NO_MARKS = np.zeros((0, 0), np.uint8)
@@ -36,7 +38,7 @@ def _product(a, a0, row, step, b, b0, ldb, c, c0, ldc, rows, columns, depth, add
         j = 0
         while j < columns:
             i, k0 = i0, b0 + j
-            if columns - j >= 64:
+            if _MANY and columns - j >= 64:
                 if add:
                     s00, s01, s02, s03 = (
                         load(c, o0 + j),

@@ -1,0 +1,93 @@
+"""Decoding by one call a layer (`ops.decode`), and what has to hold so that the call means what the modules mean."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from ..ops import decode
+from ..segments import Segments
+from ..state import State
+from .base import CausalMixer
+from .layers import GatedRMSNorm, Linear, RMSNorm, ShortConv
+
+_KNOWN = (Linear, RMSNorm, GatedRMSNorm, ShortConv)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _parts(owner: nn.Module, norm: nn.Module | None) -> list[nn.Module]:
+    return [*owner.children(), *(() if norm is None else (norm,))]
+
+
+class _Lookup:
+    """Something made from the parameters of modules, for as long as a new look-up would find the same."""
+
+    def __init__(self, owner: nn.Module, norm: nn.Module | None, made: Callable | None):
+        self.norm, self.made = norm, made
+        parts = _parts(owner, norm)
+        self._tables: list[tuple[dict, str, Any]] = [(owner._modules, name, m) for name, m in owner._modules.items()]
+        self._tables += [(m._parameters, name, p) for m in (owner, *parts) for name, p in m._parameters.items()]
+        watched = [p for m in (owner, *parts) for p in m._parameters.values() if p is not None]
+        self._addresses = [] if made is None else [(p, p.data_ptr()) for p in watched]
+        self._hooks = [getattr(m, name) for m in parts for name in _HOOKS]
+        self._hooks += [_module._global_forward_hooks, _module._global_forward_pre_hooks]
+
+    def heard(self) -> bool:
+        """Whether a hook listens to one of the parts."""
+        return any(self._hooks)
+
+    def holds(self) -> bool:
+        for table, name, found in self._tables:
+            if table.get(name) is not found:
+                return False
+        return all(p.data_ptr() == at for p, at in self._addresses)
+
+
+_lookups: WeakKeyDictionary[nn.Module, dict[bool, _Lookup]] = WeakKeyDictionary()
+
+
+class OneStep(CausalMixer):
+    """A causal mixer with a kernel for one position of all of it.
+
+    The kernel is taken only where nobody could tell but by the time: without gradients, and as long as every part is
+    the module that the mixer made, not an adapter, a quantised or parametrised one, and no hook listens.
+    """
+
+    @abstractmethod
+    def _layer(self, norm: decode.Norm | None) -> Callable | None:
+        """What `ops.decode.step` takes, or None."""
+
+    def _position(self, x: Tensor, state: Any, norm: nn.Module | None = None) -> tuple[Tensor, Any] | None:
+        """One position x (B, D); with `norm`, x + mixer(norm(x)). None if the kernel does not serve."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        found = _lookups.setdefault(self, {})
+        lookup = found.get(norm is not None)
+        if lookup is None or (norm is not None and lookup.norm is not norm) or not lookup.holds():
+            lookup = found[norm is not None] = self._look_up(norm)
+        if lookup.made is None or lookup.heard():
+            return None
+        result = decode.step(lookup.made, x, *state)
+        return None if result is None else (result[0], type(state)(*result[1:]))
+
+    def _look_up(self, norm: nn.Module | None) -> _Lookup:
+        made = None
+        if all(type(m) in _KNOWN for m in _parts(self, norm)) and (norm is None or isinstance(norm, RMSNorm)):
+            made = self._layer(None if norm is None else (norm.weight, norm.eps))
+        return _Lookup(self, norm, made)
+
+    def residual_step(self, x: Tensor, state: State, norm: nn.Module) -> tuple[Tensor, State] | None:
+        return self._position(x, state, norm)
+
+    def _one(self, x: Tensor, state: Any, seg: Segments | None) -> tuple[Tensor, Any] | None:
+        """`_run` for one position (B, 1, D), or None."""
+        if x.shape[1] != 1 or seg is not None or state is None:
+            return None
+        one = self._position(x[:, 0], state)
+        return None if one is None else (one[0].unsqueeze(1), one[1])

@@ -1,0 +1,167 @@
+"""One position of a whole layer of Mamba or Mamba-2 in one call: what decoding spends its time with.
+
+The layers are compositions of `linear`, `short_conv_step`, `selective_scan_step` or `ssd_step`, and norms. Done one by
+one, the calls of a layer take several times as long as reading its weights. Here a layer is three or four kernels
+that follow each other without Python in between. There is nothing here that the composition does not give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._eager import free, plain
+from ..linear import DTYPES, ROWS
+
+__all__ = ["Heads", "Mamba2Weights", "MambaWeights", "mamba2_layer", "mamba_layer", "step"]
+
+Norm = tuple[Tensor, float]  # weight (D,) and epsilon of an RMS norm
+_kernels: Any = None
+
+
+class MambaWeights(NamedTuple):
+    """Of a layer of width D with D_in channels, N states, a convolution of width K and a step size of rank R."""
+
+    in_proj: Tensor  # (2 D_in, D)
+    in_bias: Tensor | None
+    conv: Tensor  # (D_in, K)
+    conv_bias: Tensor | None
+    x_proj: Tensor  # (R + 2 N, D_in)
+    dt_proj: Tensor  # (D_in, R)
+    dt_bias: Tensor | None
+    A_log: Tensor  # (D_in, N)
+    D: Tensor | None
+    out_proj: Tensor  # (D, D_in)
+    out_bias: Tensor | None
+
+
+class Mamba2Weights(NamedTuple):
+    """Of a layer of width D with H heads of width P, G groups, N states and a convolution of width K."""
+
+    in_proj: Tensor  # (2 H P + 2 G N + H, D)
+    in_bias: Tensor | None
+    conv: Tensor  # (H P + 2 G N, K)
+    conv_bias: Tensor | None
+    dt_bias: Tensor  # (H,)
+    A_log: Tensor  # (H,)
+    D: Tensor | None  # (H,) or (H, P)
+    norm: Tensor  # (H P,)
+    out_proj: Tensor  # (D, H P)
+    out_bias: Tensor | None
+
+
+class Heads(NamedTuple):
+    """What a Mamba-2 layer says beyond its weights."""
+
+    groups: int = 1  # G of B and C
+    norm_groups: int = 1  # over which the gated norm takes its statistics, and its epsilon
+    norm_eps: float = 1e-5
+    dt_limit: tuple[float, float] | None = None  # to which the step size is clamped
+
+
+_PLAIN = Heads()
+
+
+def _alike(group: Sequence[Tensor | None]) -> bool:
+    first = group[0]
+    assert first is not None
+    return first.dtype in DTYPES and all(t is None or (t.dtype is first.dtype and t.is_contiguous()) for t in group)
+
+
+def _fit(weights: Any, before: Norm | None, width: int, **shapes: tuple[int, ...]) -> None:
+    """Kernels read memory by these shapes."""
+    given = {**weights._asdict(), "the norm's weight": None if before is None else before[0]}
+    for name, want in {**shapes, "the norm's weight": (width,)}.items():
+        if given[name] is not None and tuple(given[name].shape) != want:
+            raise ValueError(f"{type(weights).__name__}: {name}: want {want}, got {tuple(given[name].shape)}")
+
+
+def _load() -> Any:
+    global _kernels
+    if _kernels is None:
+        from . import numba as _kernels
+    return _kernels
+
+
+def mamba_layer(weights: MambaWeights, norm: Norm | None = None) -> Callable | None:
+    """A Mamba layer for `step`: projection, convolution, selective scan, gate, projection.
+
+    Args:
+        weights: of the layer.
+        norm: weight (D,) and epsilon of an RMS norm before the layer; then x is added to what the layer gives.
+
+    Returns:
+        What `step` takes, or None if there is no kernel for these weights: matrices have to be of one dtype and
+        vectors (with the convolution and A_log) of one, float32 or bfloat16, all dense, on CPU.
+
+    Source: Gu & Dao 2023, "Mamba" (arXiv 2312.00752), section 3.4.
+    """
+    w = weights
+    (D, R), (channels, N), K = (w.in_proj.shape[1], w.dt_proj.shape[1]), w.A_log.shape, w.conv.shape[1]
+    _fit(
+        w, norm, D, in_proj=(2 * channels, D), in_bias=(2 * channels,), conv=(channels, K), conv_bias=(channels,),
+        x_proj=(R + 2 * N, channels), dt_proj=(channels, R), dt_bias=(channels,), D=(channels,),
+        out_proj=(D, channels), out_bias=(D,),
+    )  # fmt: skip
+    large = [w.in_proj, w.in_bias, w.x_proj, w.dt_proj, w.out_proj, w.out_bias, None if norm is None else norm[0]]
+    small = [w.A_log, w.conv, w.conv_bias, w.dt_bias, w.D]
+    return _load().mamba(w, norm) if _alike(large) and _alike(small) and plain(*large, *small) else None
+
+
+def mamba2_layer(weights: Mamba2Weights, norm: Norm | None = None, heads: Heads = _PLAIN) -> Callable | None:
+    """A Mamba-2 layer for `step`: projection, convolution, SSD, gate, RMS norm, projection.
+
+    Arguments and result as in `mamba_layer`.
+
+    Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 7.
+    """
+    w = weights
+    (D, inner), H, channels = w.out_proj.shape, len(w.A_log), len(w.conv)
+    if inner % H or channels <= inner or (channels - inner) % (2 * heads.groups) or H % heads.groups:
+        raise ValueError(
+            f"mamba2_layer: conv: want H P + 2 G N channels, where G divides H; got {channels} channels, H = {H}, "
+            f"H P = {inner}, G = {heads.groups}"
+        )
+    if inner % heads.norm_groups:
+        raise ValueError(f"mamba2_layer: norm_groups: want a divisor of {inner}, got {heads.norm_groups}")
+    skip = (H,) if w.D is None or w.D.ndim == 1 else (H, inner // H)
+    outputs = inner + channels + H
+    _fit(
+        w, norm, D, in_proj=(outputs, D), in_bias=(outputs,), conv_bias=(channels,), dt_bias=(H,), D=skip,
+        norm=(inner,), out_bias=(D,),
+    )  # fmt: skip
+    large = [w.in_proj, w.in_bias, w.out_proj, w.out_bias, None if norm is None else norm[0]]
+    small = [w.A_log, w.conv, w.conv_bias, w.dt_bias, w.D, w.norm]
+    return _load().mamba2(w, norm, heads) if _alike(large) and _alike(small) and plain(*large, *small) else None
+
+
+def step(layer: Callable, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """One position of a layer.
+
+    Args:
+        layer: from `mamba_layer` or `mamba2_layer`.
+        x: (B, D).
+        conv: (B, K-1, channels) last inputs of the convolution, oldest first.
+        ssm: (B, D_in, N) of Mamba, (B, H, P, N) of Mamba-2.
+
+    Returns:
+        (y (B, D) in the dtype of x, conv, ssm), the states after this position; or None if only the composition
+        serves: more than sixteen rows, another device or dtype, states not in float32, gradients, tracing, another
+        back-end asked for.
+
+    Raises:
+        ValueError: x or a state does not fit the layer.
+    """
+    if (
+        not 0 < x.shape[0] <= ROWS
+        or x.dtype not in DTYPES
+        or not (conv.is_contiguous() and ssm.is_contiguous())
+        or conv.dtype is not torch.float32
+        or ssm.dtype is not torch.float32
+        or not free(x, conv, ssm)
+    ):
+        return None
+    return layer(x.contiguous(), conv, ssm)
