@@ -32,7 +32,7 @@ class ResidualBlock(Causal):
 
     def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
         one = None
-        if x.shape[1] == 1 and seg is None and state is not None:
+        if state is not None and seg is None and not torch.compiler.is_compiling() and x.shape[1] == 1:
             one = self.mixer.residual_step(x[:, 0], state, self.norm)
         if one is not None:
             x, state = one[0].unsqueeze(1), one[1]

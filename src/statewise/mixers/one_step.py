@@ -65,7 +65,7 @@ class OneStep(CausalMixer):
 
     def _position(self, x: Tensor, state: Any, norm: nn.Module | None = None) -> tuple[Tensor, Any] | None:
         """One position x (B, D); with `norm`, x + mixer(norm(x)). None if the kernel does not serve."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
             return None
         found = _lookups.setdefault(self, {})
         lookup = found.get(norm is not None)
@@ -87,7 +87,7 @@ class OneStep(CausalMixer):
 
     def _one(self, x: Tensor, state: Any, seg: Segments | None) -> tuple[Tensor, Any] | None:
         """`_run` for one position (B, 1, D), or None."""
-        if x.shape[1] != 1 or seg is not None or state is None:
+        if state is None or seg is not None or torch.compiler.is_compiling() or x.shape[1] != 1:
             return None
         one = self._position(x[:, 0], state)
         return None if one is None else (one[0].unsqueeze(1), one[1])

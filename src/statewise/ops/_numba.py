@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from . import _deterministic
-from ._parallel import find_team, launch
+from ._parallel_numba import find_team, launch
 
 # "contract" lets LLVM fuse a*b+c, which only removes a rounding. Nothing else of fast-math is on by default:
 # infinities and NaN must stay visible.
@@ -28,7 +28,7 @@ kernel = numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="
 reducing_kernel = numba.njit(
     nogil=True, cache=True, fastmath={"contract", "reassoc", "nsz"}, error_model="numpy", boundscheck=False
 )
-# For functions that call kernels in turn (`_parallel.fork`), so that Python is not asked in between.
+# For functions that call kernels in turn (`_parallel_numba.fork`), so that Python is not asked in between.
 driver = numba.njit(nogil=True, cache=True)
 
 _pool: ThreadPoolExecutor | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _numba as common
-from .._parallel import address, fork
+from .._parallel_numba import address, fork
 from .._simd import LANES, LOG2E, clamp, exp2, fill, lanes, load, memory, put, sigmoid, softplus, store, zeros
 from .._simd import total as sum_of
 from ..linear.numba import BLOCK, LIKE, dots, fetch, rows_times_matrix

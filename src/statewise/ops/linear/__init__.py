@@ -31,7 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     global _product
     if (
-        x.ndim < 2
+        torch.compiler.is_compiling()  # first: a program must not depend on how many rows there are
+        or x.ndim < 2
         or not 0 < x.numel() <= ROWS * x.shape[-1]
         or x.dtype not in DTYPES
         or x.shape[-1] != weight.shape[-1]
