@@ -91,10 +91,9 @@ class Parallel(CausalMixer):
         self.branches = nn.ModuleList()
         for mixer in mixers:
             name, options = _named("Parallel", mixer)
-            branch = _create(name, d_model, options)
-            if not isinstance(branch, CausalMixer):
+            if not issubclass(_class(name), CausalMixer):
                 raise ValueError(f"Parallel: mixers: want causal mixers, and {name!r} is not")
-            self.branches.append(branch)
+            self.branches.append(_create(name, d_model, options))
         self.in_scales = self._scales("in_scales", in_scales)
         self.out_scales = self._scales("out_scales", out_scales)
 
@@ -137,6 +136,12 @@ def _named(
     if twice:
         raise ValueError(f"{what}: options: {', '.join(twice)} is given in mixer as well; want it once")
     return mixer["name"], {**given, **(options or {})}
+
+
+def _class(name: str) -> type[SequenceMixer]:
+    from . import mixer_class
+
+    return mixer_class(name)
 
 
 def _create(name: str, d_model: int, options: dict[str, Any]) -> SequenceMixer:
