@@ -10,11 +10,14 @@ from ..segments import Segments
 from .base import CausalMixer, HasMixing, Mixing, check_input
 
 
-def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding of x (B, L, H, P) at `position` (B, L): channel i is paired with channel i + P/2.
+def rotate(x: Tensor, position: Tensor, theta: float, dim: int | None = None) -> Tensor:
+    """Rotary position embedding of x (B, L, H, P) at `position` (B, L): channel i is paired with channel i + R/2.
 
-    The angle of pair i is position * theta^(-2 i / P), computed in float32 whatever the dtype of x.
+    The angle of pair i is position * theta^(-2 i / R), computed in float32 whatever the dtype of x. R = `dim`: only
+    the first R channels turn; None: all P.
     """
+    if dim is not None and dim < x.shape[-1]:
+        return torch.cat([rotate(x[..., :dim], position, theta), x[..., dim:]], -1)
     half = x.shape[-1] // 2
     rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -35,7 +38,9 @@ class Attention(CausalMixer, HasMixing):
         window: attend only to the last `window` tokens, the current one included; None: to all.
         rope: rotary positions on queries and keys.
         rope_theta: base of the rotary frequencies, > 0.
-        bias: of the projections.
+        rope_dim: R, even: only the first R channels of a head turn; None: all.
+        scale: factor on the scores; None: 1 / sqrt(P).
+        bias: of the projections. out_bias: of the output projection; None: as `bias`.
 
     The state is a cache of keys and values: it grows, unless `init_state` is given a capacity. Positions are counted in
     valid tokens of a document, so padding and packing change nothing.
@@ -54,7 +59,10 @@ class Attention(CausalMixer, HasMixing):
         window: int | None = None,
         rope: bool = True,
         rope_theta: float = 10000.0,
+        rope_dim: int | None = None,
+        scale: float | None = None,
         bias: bool = False,
+        out_bias: bool | None = None,
     ):
         super().__init__()
         if n_heads is None:
@@ -68,18 +76,22 @@ class Attention(CausalMixer, HasMixing):
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"Attention: n_kv_heads: want a divisor of n_heads = {n_heads}, got {n_kv_heads}")
         head_dim = d_model // n_heads if head_dim is None else head_dim
-        if head_dim < 1 or (rope and head_dim % 2):
+        rotated = head_dim if rope_dim is None else rope_dim
+        if head_dim < 1 or (rope and rope_dim is None and head_dim % 2):
             raise ValueError(f"Attention: head_dim: want an even number for rope=True (or rope=False), got {head_dim}")
+        if not 0 < rotated <= head_dim or (rope and rotated % 2):
+            raise ValueError(f"Attention: rope_dim: want an even number up to head_dim = {head_dim}, got {rope_dim}")
         if window is not None and window < 1:
             raise ValueError(f"Attention: window: want at least 1 token, or None, got {window}")
         if rope_theta <= 0:
             raise ValueError(f"Attention: rope_theta: want a positive base, got {rope_theta}")
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
-        self.window, self.rope, self.rope_theta = window, rope, rope_theta
+        self.window, self.scale = window, scale
+        self.rope, self.rope_theta, self.rope_dim = rope, rope_theta, rotated
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
+        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias if out_bias is None else out_bias)
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> KVState | KVBuffer:
         device = self._device() if device is None else device
@@ -96,7 +108,7 @@ class Attention(CausalMixer, HasMixing):
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
         if self.rope:
             position = attention_positions(state, seg, x.shape[0], x.shape[1], x.device)
-            q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
+            q, k = (rotate(t, position, self.rope_theta, self.rope_dim) for t in (q, k))
         return q, k, v
 
     def _emit(self, y: Tensor, seg: Segments | None) -> Tensor:
@@ -110,7 +122,7 @@ class Attention(CausalMixer, HasMixing):
         if seg is not None:
             x = seg.mask(x)
         q, k, v = self._project(x, state, seg)
-        y, state = attention(q, k, v, state=state, seg=seg, window=self.window)
+        y, state = attention(q, k, v, state=state, seg=seg, window=self.window, scale=self.scale)
         return self._emit(y, seg), state
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
@@ -118,6 +130,6 @@ class Attention(CausalMixer, HasMixing):
         if seg is not None:
             x = seg.mask(x)
         q, k, v = self._project(x, None, seg)
-        dense = attention_matrix(q, k, seg=seg, window=self.window)
+        dense = attention_matrix(q, k, seg=seg, window=self.window, scale=self.scale)
         v = v.repeat_interleave(self.n_heads // self.n_kv_heads, 2)
         return Mixing(dense, v, lambda y: self._emit(y, seg))

@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from ..ops.norm import gated_rms_norm, rms_norm
 
@@ -23,15 +24,27 @@ class RMSNorm(nn.Module):
 
 
 class GatedRMSNorm(nn.Module):
-    """`ops.norm.gated_rms_norm` with a weight (D,), initialised to ones; statistics per group of channels."""
+    """`ops.norm.gated_rms_norm` with a weight (D,), initialised to ones; statistics per group of channels.
 
-    def __init__(self, d_model: int, groups: int = 1, eps: float = 1e-5):
+    With `norm_before_gate`, rms_norm(x) * silu(z) instead of rms_norm(x * silu(z)).
+    """
+
+    def __init__(self, d_model: int, groups: int = 1, eps: float = 1e-5, *, norm_before_gate: bool = False):
         super().__init__()
-        self.eps, self.groups = eps, groups
+        self.eps, self.groups, self.norm_before_gate = eps, groups, norm_before_gate
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        if self.norm_before_gate:
+            return rms_norm(x, self.weight, self.eps, self.groups) * silu(z)
         return gated_rms_norm(x, z, self.weight, self.eps, self.groups)
+
+
+class Gate(nn.Module):
+    """x * silu(z): what is left of `GatedRMSNorm` without its norm."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return x * silu(z)
 
 
 class ShortConv(nn.Module):
