@@ -70,7 +70,7 @@ class LanguageModel(CausalLM):
         mixer: a name from `statewise.mixers.names()`, a dict such as {"name": "mamba2", "d_state": 64}, or a list of
             these: one per layer, or a pattern that repeats, e.g. ["mamba2"] * 3 + ["attention"].
         mlp: the feed-forward part of each block: a name from `statewise.blocks.names()` with options, such as
-            {"name": "moe", "hidden": 512, "n_experts": 8, "top_k": 2}, or None for none; or a list of these, as in `mixer`.
+            {"name": "moe", "hidden": 512, "n_experts": 8, "top_k": 2}, None for none, or a list of these as in `mixer`.
         d_intermediate: hidden width of a gated MLP in each block, rounded up to a multiple of 128; short for `mlp`.
             0 for none.
         tie_embeddings: the output head uses the embedding's weight.
