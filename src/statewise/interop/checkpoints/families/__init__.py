@@ -11,6 +11,9 @@ MODULES = {
     "mamba": "mamba",
     "falcon_mamba": "falcon_mamba",
     "mamba2": "mamba2",
+    "bamba": "bamba",
+    "granitemoehybrid": "granitemoehybrid",
+    "jamba": "jamba",
 }
 
 
