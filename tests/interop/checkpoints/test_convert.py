@@ -28,7 +28,6 @@ def test_the_command(own, tmp_path, capsys):
     assert "hf: mamba, " in capsys.readouterr().out
     tokens = torch.arange(7)[None]
     assert torch.equal(statewise.load(tmp_path / "hf")(tokens)[..., :61], statewise.load(own)(tokens))
-    hf, x = ["--to", "transformers"], str(tmp_path / "x")
     for argv, message in (
         ([str(own), str(tmp_path / "hf"), "--to", "transformers"], "is not empty"),
         ([str(own), str(own), "--to", "statewise", "--overwrite", "true"], "is the source"),

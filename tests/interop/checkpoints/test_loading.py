@@ -155,8 +155,8 @@ def test_pickles(folder, monkeypatch):
         torch.save(bad, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match="holds more than tensors, so it is not loaded"):
             statewise.load(folder, unsafe_pickle=True)
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"pytorch_model.bin"):
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(), protocol=2))
+    with pytest.raises(ValueError, match=r"pytorch_model.bin: (holds more than tensors|is truncated)"):
         statewise.load(folder, unsafe_pickle=True)
     assert not (folder / "sprung").exists()
     torch.save({"x": torch.zeros(2, dtype=torch.int8)}, folder / "pytorch_model.bin")

@@ -83,11 +83,11 @@ def differences(a: Config, b: Config) -> list[str]:
     left, right = dict(_flat(a)), dict(_flat(b))
     differ = [n for n in dict.fromkeys([*left, *right]) if left.get(n) != right.get(n)]
     # Where one mixer stands for another, its options say nothing more.
-    other = {n.removesuffix(".name") for n in differ if n.endswith(".name")}
+    other = tuple(n.removesuffix("name") for n in differ if n.endswith(".name"))
     return [
         f"{n}: {left.get(n)!r}, there {right.get(n)!r}"
         for n in differ
-        if n.rpartition(".")[2] not in _NEUTRAL and (n.endswith(".name") or n.rpartition(".")[0] not in other)
+        if _NEUTRAL.isdisjoint(n.split(".")) and (n.endswith(".name") or not n.startswith(other))
     ]
 
 
