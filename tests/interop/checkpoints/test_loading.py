@@ -171,6 +171,23 @@ def test_quantised_safetensors_are_refused(folder):
     refused(folder, "backbone.norm_f.weight: want F16, BF16, F32, F64, got I8; quantised weights cannot be read")
 
 
+def test_from_the_hub_only_what_is_needed_is_fetched(folder, monkeypatch):
+    asked: list[tuple[str, list[str]]] = []
+
+    def snapshot(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    statewise.load("owner/name", unsafe_pickle=True)
+    patterns = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    assert asked == [("owner/name", patterns)]
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    statewise.load("owner/name", unsafe_pickle=True)
+    assert asked[2] == ("owner/name", ["config.json", "pytorch_model.bin"])
+
+
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 
