@@ -24,7 +24,8 @@ def by_definition(moe: MoE, x: torch.Tensor, top_k: int, renormalise: bool) -> t
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 1}, {"top_k": 3, "shared_hidden": 4}, {"top_k": 2, "renormalise": False}]
+    "options",
+    [{"top_k": 1, "renormalise": False}, {"top_k": 3, "shared_hidden": 4}, {"top_k": 2, "renormalise": False}],
 )
 def test_definition(options):
     moe = MoE(6, 5, n_experts=7, **options).double()
