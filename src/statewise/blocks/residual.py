@@ -20,11 +20,19 @@ class ResidualBlock(Causal):
     Source: Mamba (arXiv 2312.00752), section 3.4; equal to "Add, Norm, Mixer" there, counted from the other end.
     """
 
-    def __init__(self, d_model: int, mixer: CausalMixer, mlp: nn.Module | None = None, *, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        d_model: int,
+        mixer: CausalMixer,
+        mlp: nn.Module | None = None,
+        *,
+        norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
+    ):
         super().__init__()
-        self.norm = RMSNorm(d_model, norm_eps)
+        self.norm = RMSNorm(d_model, norm_eps, norm_offset)
         self.mixer = mixer
-        self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps)
+        self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps, norm_offset)
         self.mlp = mlp
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> State:

@@ -8,19 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ..ops._checks import compute_dtype
 from ..ops.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`ops.norm.rms_norm` with a weight (D,), initialised to ones."""
+    """`ops.norm.rms_norm` with the weight (D,) + `offset`, initialised so that the sum is one.
 
-    def __init__(self, d_model: int, eps: float = 1e-5):
+    An offset of 1 (as in Gemma) makes weight decay pull towards the plain norm.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5, offset: float = 0.0):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        if self.offset == 0:
+            return rms_norm(x, self.weight, self.eps)
+        # The sum is taken where half precision does not round it.
+        weight = self.weight.to(compute_dtype(self.weight)) + self.offset
+        return rms_norm(x, weight, self.eps)
 
 
 class GatedRMSNorm(nn.Module):

@@ -32,7 +32,6 @@ class Mamba2(CausalMixer, HasMixing):
         d_state: N, state width per head.
         expand: inner width D_in = expand * d_model.
         head_dim: P; D_in must be a multiple of it.
-        n_heads: H, which gives D_in = H * P in place of `expand`; None: from `expand`.
         n_groups: G, number of (B, C) pairs shared by H / G heads each.
         d_conv: K, width of the convolution over [x, B, C], 1 to 8.
         dt_min, dt_max, dt_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least dt_floor.
@@ -57,7 +56,6 @@ class Mamba2(CausalMixer, HasMixing):
         d_state: int = 128,
         expand: float = 2,
         head_dim: int = 64,
-        n_heads: int | None = None,
         n_groups: int = 1,
         d_conv: int = 4,
         dt_min: float = 1e-3,
@@ -76,7 +74,7 @@ class Mamba2(CausalMixer, HasMixing):
     ):
         super().__init__()
         self.d_model, self.d_state, self.head_dim, self.n_groups = d_model, d_state, head_dim, n_groups
-        self.d_inner = int(expand * d_model) if n_heads is None else n_heads * head_dim
+        self.d_inner = int(expand * d_model)
         if self.d_inner % head_dim:
             raise ValueError(f"Mamba2: head_dim: want a divisor of expand * d_model = {self.d_inner}, got {head_dim}")
         self.n_heads = self.d_inner // head_dim

@@ -16,22 +16,21 @@ from .._weights import Pretrained
 
 
 class CausalLM(Causal, Pretrained):
-    """Tokens (B, L) -> logits (B, L, V). A subclass says what happens to the stream between embedding and final norm.
+    """Tokens (B, L) -> logits (B, L, V). A subclass makes its layers and then calls `_finish`.
 
     Args:
         vocab_size: number of tokens V; tokens are integers in [0, V). d_model: width D.
-        norm: the final norm.
         tie_embeddings: the output head uses the embedding's weight.
         pad_vocab_to: the embedding has V rounded up to a multiple of this many rows; the extra rows are never seen.
         embedding_scale: factor on embeddings as they enter the stream.
-        logit_scale: factor on logits. logit_cap: logits become cap * tanh(logits / cap), after the factor; None: no cap.
+        logit_scale: factor on logits.
+        logit_cap: logits become cap * tanh(logits / cap), after the factor; None: no cap.
     """
 
     def __init__(
         self,
         vocab_size: int,
         d_model: int,
-        norm: nn.Module,
         *,
         tie_embeddings: bool,
         pad_vocab_to: int = 1,
@@ -47,8 +46,13 @@ class CausalLM(Causal, Pretrained):
         self.embedding_scale, self.logit_scale, self.logit_cap = embedding_scale, logit_scale, logit_cap
         rows = -(-vocab_size // pad_vocab_to) * pad_vocab_to
         self.embedding = nn.Embedding(rows, d_model)
-        self.norm_f = norm
-        self.lm_head = None if tie_embeddings else nn.Linear(d_model, rows, bias=False)
+        self.tie_embeddings = tie_embeddings
+
+    def _finish(self, norm_f: nn.Module, residuals: int) -> None:
+        """Add the final norm and the head, and initialise; `residuals`: how often something is added to the stream."""
+        self.norm_f = norm_f
+        self.lm_head = None if self.tie_embeddings else nn.Linear(*reversed(self.embedding.weight.shape), bias=False)
+        self.reset_parameters(residuals)
 
     @abstractmethod
     def _stream(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
@@ -82,10 +86,7 @@ class CausalLM(Causal, Pretrained):
         return logits.squeeze(1), state
 
     def reset_parameters(self, residuals: int) -> None:
-        """Model-level initialisation over what the mixers drew: small embeddings, outputs onto the stream scaled by depth.
-
-        `residuals`: how often something is added to the stream.
-        """
+        """Model-level initialisation over what the mixers drew: small embeddings, residual outputs scaled by depth."""
         nn.init.normal_(self.embedding.weight, std=0.02)
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):

@@ -5,21 +5,19 @@ A plain language model is a preset of this stack; a file of its own is earned by
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ... import mixers
 from ...blocks import GatedMLP, ResidualBlock
-from ...mixers.base import Causal, CausalMixer
+from ...mixers.base import CausalMixer
 from ...mixers.layers import RMSNorm
 from ...segments import Segments
 from ...state import State, exportable
-from .._weights import Pretrained
+from .causal_lm import CausalLM, check_sizes
 
 MixerSpec = str | Mapping[str, Any]
 
@@ -46,7 +44,7 @@ def mixer_list(mixer: MixerSpec | Sequence[MixerSpec], n_layer: int) -> list[dic
     return specs * (n_layer // len(specs))
 
 
-class LanguageModel(Causal, Pretrained):
+class LanguageModel(CausalLM):
     """Embedding, `n_layer` residual blocks, final norm, output head.
 
     Args:
@@ -59,6 +57,8 @@ class LanguageModel(Causal, Pretrained):
         residual_in_fp32: keep the residual stream in float32 when the weights are in half precision.
         pad_vocab_to: the embedding has V rounded up to a multiple of this many rows; the extra rows are never seen.
         norm_eps: of the norms.
+        norm_offset: norms multiply by this plus their weight, which then starts at 1 - norm_offset (1 in Gemma).
+        embedding_scale, logit_scale, logit_cap: see `CausalLM`.
 
     forward(tokens (B, L)) -> logits (B, L, V); `init_state`, `extend` and `step` as in `statewise.mixers.base.Causal`.
 
@@ -79,17 +79,16 @@ class LanguageModel(Causal, Pretrained):
         residual_in_fp32: bool = True,
         pad_vocab_to: int = 1,
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
+        embedding_scale: float = 1.0,
+        logit_scale: float = 1.0,
+        logit_cap: float | None = None,
     ):
-        super().__init__()
-        for name, value, least in (
-            ("vocab_size", vocab_size, 1),
-            ("d_model", d_model, 1),
-            ("n_layer", n_layer, 0),
-            ("pad_vocab_to", pad_vocab_to, 1),
-            ("d_intermediate", d_intermediate, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: want an integer >= {least}, got {value!r}")
+        check_sizes(("n_layer", n_layer, 0), ("d_intermediate", d_intermediate, 0))
+        super().__init__(
+            vocab_size, d_model, tie_embeddings=tie_embeddings, pad_vocab_to=pad_vocab_to,
+            embedding_scale=embedding_scale, logit_scale=logit_scale, logit_cap=logit_cap,
+        )  # fmt: skip
         specs = mixer_list(mixer, n_layer) if n_layer else []
         self.config = {
             "vocab_size": vocab_size,
@@ -101,10 +100,12 @@ class LanguageModel(Causal, Pretrained):
             "residual_in_fp32": residual_in_fp32,
             "pad_vocab_to": pad_vocab_to,
             "norm_eps": norm_eps,
+            "norm_offset": norm_offset,
+            "embedding_scale": embedding_scale,
+            "logit_scale": logit_scale,
+            "logit_cap": logit_cap,
         }
-        self.vocab_size, self.residual_in_fp32 = vocab_size, residual_in_fp32
-        rows = -(-vocab_size // pad_vocab_to) * pad_vocab_to
-        self.embedding = nn.Embedding(rows, d_model)
+        self.residual_in_fp32 = residual_in_fp32
         self.layers = nn.ModuleList()
         for spec in specs:
             options = {k: v for k, v in spec.items() if k != "name"}
@@ -112,63 +113,23 @@ class LanguageModel(Causal, Pretrained):
             if not isinstance(built, CausalMixer):
                 raise ValueError(f"mixer: {spec['name']!r} is not causal, so it cannot model language left to right")
             mlp = GatedMLP(d_model, d_intermediate) if d_intermediate else None
-            self.layers.append(ResidualBlock(d_model, built, mlp, norm_eps=norm_eps))
-        self.norm_f = RMSNorm(d_model, norm_eps)
-        self.lm_head = None if tie_embeddings else nn.Linear(d_model, rows, bias=False)
-        self.reset_parameters()
+            self.layers.append(ResidualBlock(d_model, built, mlp, norm_eps=norm_eps, norm_offset=norm_offset))
+        self._finish(RMSNorm(d_model, norm_eps, norm_offset), len(specs) * (2 if d_intermediate else 1))
 
     @property
     def blocks(self) -> list[ResidualBlock]:
         return cast(list[ResidualBlock], list(self.layers))
-
-    def reset_parameters(self) -> None:
-        """Model-level initialisation over what the mixers drew: small embeddings, residual outputs scaled by depth."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        residuals = len(self.layers) * (2 if self.config["d_intermediate"] else 1)
-        for block in self.blocks:
-            for name, parameter in block.named_parameters():
-                if name.endswith(("out_proj.weight", "fc2.weight")):
-                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-                    with torch.no_grad():
-                        parameter.div_(math.sqrt(residuals))
-            for module in block.modules():
-                # A bias that belongs to the dynamics (the step size's) was drawn on purpose.
-                drawn = getattr(module, "dynamics", ())
-                for child_name, child in module.named_children():
-                    if isinstance(child, nn.Linear) and child.bias is not None and f"{child_name}.bias" not in drawn:
-                        nn.init.zeros_(child.bias)
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> LanguageState:
         return LanguageState(
             tuple(block.init_state(batch, capacity=capacity, device=device, dtype=dtype) for block in self.blocks)
         )
 
-    def _body(
-        self, x: Tensor, state: LanguageState | None, seg: Segments | None, last: bool
-    ) -> tuple[Tensor, LanguageState]:
-        if x.ndim != 2 or x.is_floating_point() or x.dtype == torch.bool:
-            raise ValueError(f"LanguageModel: tokens: want integers (B, L), got {x.dtype} {tuple(x.shape)}")
-        x = self.embedding(x)
+    def _stream(self, x: Tensor, state: LanguageState | None, seg: Segments | None) -> tuple[Tensor, LanguageState]:
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         states = []
         for i, block in enumerate(self.blocks):
             x, block_state = block._run(x, None if state is None else state.layers[i], seg)
             states.append(block_state)
-        x = self.norm_f((x[:, -1:] if last else x).to(self.norm_f.weight.dtype))
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits = linear(x, weight)[..., : self.vocab_size]
-        return logits, LanguageState(tuple(states))
-
-    def _run(self, x: Tensor, state: LanguageState | None, seg: Segments | None) -> tuple[Tensor, LanguageState]:
-        return self._body(x, state, seg, last=False)
-
-    def prefill(
-        self, tokens: Tensor, state: LanguageState | None, seg: Segments | None = None
-    ) -> tuple[Tensor, LanguageState]:
-        """`extend` for a prompt (B, L), L > 0, of which only the end matters: logits (B, V) after the last position.
-
-        The output head is the largest matrix of a small model; here it serves one position instead of L.
-        """
-        logits, state = self._body(tokens, state, seg, last=True)
-        return logits.squeeze(1), state
+        return x, LanguageState(tuple(states))
