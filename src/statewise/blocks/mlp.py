@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn import functional as F
+
+from .._names import unknown
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+}
+
+
+def activation_named(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of this name in `ACTIVATIONS`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(unknown("activation", name, ACTIVATIONS))
+    return ACTIVATIONS[name]
 
 
 class GatedMLP(nn.Module):
-    """fc2(y * silu(gate)) with [y, gate] = fc1(x): D -> 2 * hidden -> D (SwiGLU).
+    """fc2(y * activation(gate)) with [y, gate] = fc1(x): D -> 2 * hidden -> D (SwiGLU for "silu").
 
     The hidden width is rounded up to a multiple of `multiple_of`.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202); wiring and rounding as in mamba_ssm.
     """
 
-    def __init__(self, d_model: int, hidden: int, *, bias: bool = False, multiple_of: int = 128):
+    def __init__(
+        self, d_model: int, hidden: int, *, bias: bool = False, multiple_of: int = 128, activation: str = "silu"
+    ):
         super().__init__()
+        if hidden < 1 or multiple_of < 1:
+            raise ValueError(f"GatedMLP: hidden: want at least 1, and multiple_of too, got {hidden} and {multiple_of}")
         hidden = -(-hidden // multiple_of) * multiple_of
+        self.activation = activation_named(activation)
         self.fc1 = nn.Linear(d_model, 2 * hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, d_model, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y, gate = self.fc1(x).chunk(2, -1)
-        return self.fc2(y * silu(gate))
+        return self.fc2(y * self.activation(gate))

@@ -60,7 +60,7 @@ class Pretrained(nn.Module):
     config: dict[str, Any]
 
     def save_pretrained(self, directory: str | os.PathLike, *, max_shard: int = MAX_SHARD) -> None:
-        """Write config.json and the weights, each file atomically; above `max_shard` bytes the weights are in shards."""
+        """Write config.json and the weights, each file atomically; above `max_shard` bytes, weights are in shards."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         tensors = self.state_dict()

@@ -12,6 +12,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def chunks_are_whole(theirs: Any, ours: Any, wrong: str | None = None) -> None:
     mine, others, state, cache = [], [], ours.init_state(BATCH), None
     with torch.no_grad():
         want = _alone(theirs, tokens)
-        for a, b in zip(edges, edges[1:]):
+        for a, b in pairwise(edges):
             part, state = ours.extend(tokens[:, a:b], state)
             mine.append(part)
             out = theirs(tokens[:, a:b], cache=cache, use_cache=True, position_ids=torch.arange(a, b)[None])

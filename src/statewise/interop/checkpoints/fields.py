@@ -13,7 +13,7 @@ MAX_SIZE = 2**31 - 1
 
 
 class Fields:
-    """Checked access to the fields of a configuration. A field that is absent or null has its default, if it has one."""
+    """Checked access to the fields of a configuration. An absent or null field has its default, if it has one."""
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self._config, self.source = config, source

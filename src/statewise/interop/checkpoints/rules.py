@@ -126,7 +126,7 @@ class Divided:
 class Stacked:
     """Ours has a first axis over things (experts, say) of which theirs are apart, each laid out as in `each`."""
 
-    each: Form = Same()  # noqa: RUF009 (frozen)
+    each: Form = Same()
 
     def ours(self, theirs: list[Tensor], like: list[Shape]) -> list[Tensor]:
         size = len(theirs) // like[0][0]
@@ -144,7 +144,7 @@ class Rule:
 
     ours: str | tuple[str, ...]
     theirs: str | tuple[str, ...]
-    form: Form = Same()  # noqa: RUF009 (frozen)
+    form: Form = Same()
 
     @property
     def our_names(self) -> tuple[str, ...]:
