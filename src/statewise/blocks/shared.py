@@ -115,5 +115,5 @@ class SharedBlock(nn.Module):
             position = attention_positions(state, seg, x.shape[0], x.shape[1], x.device)
             q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
         y, state = attention(q, k, v, state=state, seg=seg, scale=math.sqrt(2 / self.head_dim))
-        gate, y = self.fc1(self.norm2(self.out_proj(y.flatten(-2))), use).chunk(2, -1)
+        y, gate = self.fc1(self.norm2(self.out_proj(y.flatten(-2))), use).chunk(2, -1)
         return self.fc2(gelu(gate) * y), state

@@ -45,7 +45,11 @@ def complete(model: Any) -> Config:
     Options that were left to the mixer (None) have the value that it chose. For other architectures: `model.config`.
     """
     if not isinstance(model, LanguageModel):
-        return dict(model.config)
+        config = {**_defaults(type(model)), **model.config}
+        if "mixer" in config:  # one for all layers
+            spec = config["mixer"] if isinstance(config["mixer"], dict) else {"name": config["mixer"]}
+            config["mixer"] = _options(spec, model.layers[0].mixer, config["d_model"])
+        return config
     config = {**_defaults(LanguageModel), **model.config}
     for name in ("mixer", "n_layer", "pad_vocab_to", "d_intermediate"):
         del config[name]

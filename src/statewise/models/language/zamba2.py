@@ -102,7 +102,7 @@ class Zamba2(CausalLM):
             "n_shared": n_shared,
             "mixer": mixer if isinstance(mixer, str) else dict(mixer),
             "n_heads": n_heads,
-            "n_kv_heads": n_kv_heads,
+            "n_kv_heads": n_heads if n_kv_heads is None else n_kv_heads,
             "d_intermediate": d_intermediate,
             "rank": rank,
             "attention_rank": attention_rank,

@@ -9,6 +9,7 @@ from ..family import Family
 # Name -> module, imported on first use. A model that several can say is written in the first of its layout.
 MODULES = {
     "mamba": "mamba",
+    "zamba2": "zamba2",
 }
 
 
