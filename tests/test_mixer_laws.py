@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from statewise import mixers
-from statewise.blocks import GatedMLP, ResidualBlock
+from statewise.blocks import GatedMLP, MoE, ResidualBlock
 from statewise.testing import module_laws
 
 D = 8
@@ -19,8 +19,14 @@ OPTIONS: dict[str, list[dict]] = {
         {"n_heads": 4, "n_kv_heads": 2, "window": 4},
         {"rope": False, "bias": True},
         {"n_heads": 2, "rope_dim": 2, "scale": 0.7, "out_bias": True},
+        {"n_heads": 2, "n_kv_heads": 1, "d_conv": 3},
     ],
-    "mamba": [{"d_state": 4}, {"d_state": 3, "d_conv": 1, "expand": 1, "bias": True, "conv_bias": False}],
+    "mamba": [
+        {"d_state": 4},
+        {"d_state": 4, "coefficient_norm": "rms"},
+        {"d_state": 4, "coefficient_norm": "unit"},
+        {"d_state": 3, "d_conv": 1, "expand": 1, "bias": True, "conv_bias": False},
+    ],
     "mamba2": [
         {"d_state": 4, "head_dim": 4},
         {"d_state": 3, "head_dim": 4, "n_groups": 2, "chunk_size": 5, "dt_limit": (0.001, 0.1)},
@@ -52,6 +58,9 @@ def mamba2(**options):
 
 BLOCKS = {
     "residual": lambda: ResidualBlock(D, mamba2()),
+    "residual, with a mixture of experts": lambda: ResidualBlock(
+        D, mamba2(), MoE(D, 5, n_experts=4, top_k=2, shared_hidden=3), scale=0.5
+    ),
     "residual, with an MLP": lambda: ResidualBlock(D, mixers.create("attention", D, n_heads=2), GatedMLP(D, 16)),
 }
 

@@ -19,6 +19,16 @@ MODELS = {
     "mamba2": partial(LanguageModel, VOCAB, 8, 2, mixer=MAMBA2, pad_vocab_to=8),
     "s4d": partial(LanguageModel, VOCAB, 8, 1, mixer={"name": "s4d", "d_state": 4}),
     "s5": partial(LanguageModel, VOCAB, 8, 1, mixer={"name": "s5", "d_state": 4}, tie_embeddings=False),
+    "moe": partial(
+        LanguageModel,
+        VOCAB,
+        8,
+        2,
+        mixer=[MAMBA2, ATTENTION],
+        residual_scale=0.5,
+        logit_scale=0.25,
+        mlp=[{"name": "moe", "hidden": 5, "n_experts": 3, "top_k": 2, "renormalise": False}, None],
+    ),
     "hybrid": partial(LanguageModel, VOCAB, 8, 3, mixer=[MAMBA2, MAMBA, ATTENTION], d_intermediate=12),
     "zamba2": partial(
         Zamba2,

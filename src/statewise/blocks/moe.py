@@ -47,7 +47,11 @@ class MoE(nn.Module):
         activation: str = "silu",
     ):
         super().__init__()
-        for name, value, least in (("hidden", hidden, 1), ("n_experts", n_experts, 1), ("shared_hidden", shared_hidden, 0)):
+        for name, value, least in (
+            ("hidden", hidden, 1),
+            ("n_experts", n_experts, 1),
+            ("shared_hidden", shared_hidden, 0),
+        ):
             if value < least:
                 raise ValueError(f"MoE: {name}: want at least {least}, got {value}")
         if not 1 <= top_k <= n_experts:
@@ -60,9 +64,7 @@ class MoE(nn.Module):
         for weight in (self.fc1, self.fc2):
             bound = 1 / math.sqrt(weight.shape[2])  # as nn.Linear draws, expert by expert
             nn.init.uniform_(weight, -bound, bound)
-        self.shared = (
-            GatedMLP(d_model, shared_hidden, multiple_of=1, activation=activation) if shared_hidden else None
-        )
+        self.shared = GatedMLP(d_model, shared_hidden, multiple_of=1, activation=activation) if shared_hidden else None
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which experts (..., top_k) int64 positions x (..., D) go to, and with what weights, in the compute dtype."""

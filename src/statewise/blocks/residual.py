@@ -12,12 +12,13 @@ from ..state import State
 
 
 class ResidualBlock(Causal):
-    """x + mixer(norm(x)), then x + mlp(norm2(x)) if there is an MLP. Causal, with the mixer's own state.
+    """x + scale * mixer(norm(x)), then x + scale * mlp(norm2(x)) if there is an MLP. Causal, with the mixer's state.
 
     The stream x may be kept in float32 (see `LanguageModel.residual_in_fp32`): the mixer sees it in the dtype of the
     norm's weight, and its output is added in the dtype of the stream.
 
-    Source: Mamba (arXiv 2312.00752), section 3.4; equal to "Add, Norm, Mixer" there, counted from the other end.
+    Source: Mamba (arXiv 2312.00752), section 3.4; equal to "Add, Norm, Mixer" there, counted from the other end. Scale:
+    the residual multiplier of Granite (arXiv 2408.13359).
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class ResidualBlock(Causal):
         *,
         norm_eps: float = 1e-5,
         norm_offset: float = 0.0,
+        scale: float = 1.0,
     ):
         super().__init__()
+        self.scale = scale
         self.norm = RMSNorm(d_model, norm_eps, norm_offset)
         self.mixer = mixer
         self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps, norm_offset)
@@ -38,9 +41,12 @@ class ResidualBlock(Causal):
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> State:
         return self.mixer.init_state(batch, capacity=capacity, device=device, dtype=dtype)
 
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + (y if self.scale == 1 else y * self.scale).to(x.dtype)
+
     def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
         y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
-        x = x + y.to(x.dtype)
+        x = self._add(x, y)
         if self.mlp is not None and self.norm2 is not None:
-            x = x + self.mlp(self.norm2(x.to(self.norm2.weight.dtype))).to(x.dtype)
+            x = self._add(x, self.mlp(self.norm2(x.to(self.norm2.weight.dtype))))
         return x, state

@@ -15,16 +15,16 @@ from ..ops.norm import gated_rms_norm, rms_norm
 class RMSNorm(nn.Module):
     """`ops.norm.rms_norm` with the weight (D,) + `offset`, initialised so that the sum is one.
 
-    An offset of 1 (as in Gemma) makes weight decay pull towards the plain norm.
+    An offset of 1 (as in Gemma) makes weight decay pull towards the plain norm. With weight=False there is none.
     """
 
-    def __init__(self, d_model: int, eps: float = 1e-5, offset: float = 0.0):
+    def __init__(self, d_model: int, eps: float = 1e-5, offset: float = 0.0, *, weight: bool = True):
         super().__init__()
         self.eps, self.offset = eps, offset
-        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset))
+        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.offset == 0:
+        if self.weight is None or self.offset == 0:
             return rms_norm(x, self.weight, self.eps)
         # The sum is taken where half precision does not round it.
         weight = self.weight.to(compute_dtype(self.weight)) + self.offset

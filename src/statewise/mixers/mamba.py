@@ -36,8 +36,8 @@ class Mamba(CausalMixer, HasMixing):
         dt_min, dt_max, dt_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least dt_floor.
         dt_scale: the step projection starts uniform in +-dt_scale / sqrt(dt_rank).
         bias, conv_bias: of the projections, of the convolution.
-        coefficient_norm: "rms" or "unit": an RMS norm, with or without weights, on each of B, C and the bottleneck of the
-            step size; None: none.
+        coefficient_norm: "rms" or "unit": an RMS norm, with or without weights, on each of B, C and the bottleneck of
+            the step size; None: none.
         norm_eps: of these norms.
 
     The state matrix starts as A[c, n] = -(n + 1) (S4D-Real).

@@ -15,6 +15,26 @@ from statewise.testing.parity import parity_laws, sharpen
 
 transformers = pytest.importorskip("transformers", reason="the parity tests need transformers (extra: hf)")
 
+
+def falcon_mamba(odd: bool) -> Any:
+    config = transformers.FalconMambaConfig(
+        vocab_size=101, hidden_size=37 if odd else 32, state_size=5 if odd else 8, num_hidden_layers=2,
+        conv_kernel=3 if odd else 4, tie_word_embeddings=not odd, time_step_rank=7 if odd else "auto",
+        expand=3 if odd else 2, mixer_rms_eps=1e-3 if odd else 1e-6,
+    )  # fmt: skip
+    return transformers.FalconMambaForCausalLM(config)
+
+
+def mamba2(odd: bool) -> Any:
+    config = transformers.Mamba2Config(
+        vocab_size=101, hidden_size=36 if odd else 32, state_size=6 if odd else 8, num_hidden_layers=2,
+        head_dim=9 if odd else 16, num_heads=12 if odd else 4, expand=3 if odd else 2, n_groups=3 if odd else 1,
+        conv_kernel=3 if odd else 4, chunk_size=13 if odd else 16, tie_word_embeddings=odd, use_conv_bias=not odd,
+        layer_norm_epsilon=1e-3 if odd else 1e-5, time_step_limit=(0.01, 0.9) if odd else (0.0, float("inf")),
+    )  # fmt: skip
+    return transformers.Mamba2ForCausalLM(config)
+
+
 # Known to be wrong in transformers, so compared with separate runs only; a check fails when one is repaired.
 MAMBA_1 = "Mamba-1 continued by several tokens at once starts from a state of zeros"
 
@@ -33,6 +53,8 @@ BIAS = "padding is masked before the input projection, whose bias then fills it"
 # Name -> how it is built, and what is wrong in transformers: always, and for the odd configuration.
 FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
     "mamba": (mamba, {"wrong_chunks": MAMBA_1}, {"wrong_padding": BIAS}),
+    "falcon_mamba": (falcon_mamba, {"wrong_chunks": MAMBA_1}, {}),
+    "mamba2": (mamba2, {}, {}),
 }
 
 

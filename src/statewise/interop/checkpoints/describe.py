@@ -51,21 +51,17 @@ def complete(model: Any) -> Config:
             config["mixer"] = _options(spec, model.layers[0].mixer, config["d_model"])
         return config
     config = {**_defaults(LanguageModel), **model.config}
-    for name in ("mixer", "n_layer", "pad_vocab_to", "d_intermediate"):
+    for name in ("mixer", "mlp", "n_layer", "pad_vocab_to", "d_intermediate"):
         del config[name]
     config["vocab_size"] = len(model.embedding.weight)
     config["layers"] = [
-        {"mixer": _options(spec, block.mixer, config["d_model"]), "mlp": None}
-        for spec, block in zip(_specs(model), model.blocks)
+        {
+            "mixer": _options(mixer, block.mixer, config["d_model"]),
+            "mlp": None if part is None else _options(part, block.mlp, config["d_model"]),
+        }
+        for mixer, part, block in zip(*model.specs(), model.blocks)
     ]
     return config
-
-
-def _specs(model: LanguageModel) -> list[dict[str, Any]]:
-    from ...models.language.stack import mixer_list
-
-    n_layer = model.config["n_layer"]
-    return mixer_list(model.config["mixer"], n_layer) if n_layer else []
 
 
 def _defaults(build: Callable) -> dict[str, Any]:
@@ -73,11 +69,13 @@ def _defaults(build: Callable) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def _options(spec: dict[str, Any], module: nn.Module, d_model: int) -> dict[str, Any]:
+def _options(spec: dict[str, Any], module: Any, d_model: int) -> dict[str, Any]:
     options = {**_defaults(type(module)), **spec}
     for name, value in options.items():
         if value is None and not isinstance(chosen := getattr(module, name, None), nn.Module):
             options[name] = chosen
+    if spec["name"] == "gated":
+        options["hidden"] = module.fc2.in_features
     if "expand" in options:
         options["expand"] = expansion(int(options["expand"] * d_model), d_model)
     return options

@@ -82,8 +82,8 @@ class Fields:
     def layers(self, name: str) -> int:
         return self.integer(name, least=0, most=MAX_LAYERS)
 
-    def time_step_limit(self, name: str = "time_step_limit") -> tuple[float, float] | None:
-        """(low, high) of a clamp of the step size; None where the clamp does nothing."""
+    def time_step_limit(self, name: str = "time_step_limit") -> tuple[float, float | None] | None:
+        """(low, high or None) of a clamp of the step size; None where the clamp does nothing."""
         value = self.get(name, (0.0, math.inf))
         if (
             not isinstance(value, (list, tuple))
@@ -93,7 +93,7 @@ class Fields:
         ):
             self.fail(name, "two numbers, 0 <= low <= high")
         low, high = float(value[0]), float(value[1])
-        return None if (low, high) == (0.0, math.inf) else (low, high)
+        return None if (low, high) == (0.0, math.inf) else (low, None if high == math.inf else high)
 
 
 def expansion(inner: int, width: int) -> int | float:

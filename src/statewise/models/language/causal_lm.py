@@ -91,8 +91,10 @@ class CausalLM(Causal, Pretrained):
         for name, parameter in self.named_parameters():
             if name.endswith(("out_proj.weight", "fc2.weight")):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-                with torch.no_grad():
-                    parameter.div_(math.sqrt(residuals))
+            elif not name.endswith("mlp.fc2"):  # of all experts at once, each drawn by itself
+                continue
+            with torch.no_grad():
+                parameter.div_(math.sqrt(residuals))
         for module in self.modules():
             # A bias that belongs to the dynamics (the step size's) was drawn on purpose.
             drawn = getattr(module, "dynamics", ())

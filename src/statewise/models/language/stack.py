@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ... import mixers
-from ...blocks import GatedMLP, ResidualBlock
+from ... import blocks, mixers
 from ...mixers.base import CausalMixer
 from ...mixers.layers import RMSNorm
 from ...segments import Segments
@@ -20,6 +19,7 @@ from ...state import State, exportable
 from .causal_lm import CausalLM, check_sizes
 
 MixerSpec = str | Mapping[str, Any]
+PartSpec = str | Mapping[str, Any] | None
 
 
 @exportable
@@ -29,19 +29,36 @@ class LanguageState(NamedTuple):
 
 def mixer_list(mixer: MixerSpec | Sequence[MixerSpec], n_layer: int) -> list[dict[str, Any]]:
     """One {"name": ..., **options} per layer; a shorter list is a pattern that repeats."""
-    entries = [mixer] if isinstance(mixer, (str, Mapping)) else list(mixer)
+    return [_named("mixer", entry) for entry in _per_layer("mixer", mixer, n_layer)]
+
+
+def part_list(mlp: PartSpec | Sequence[PartSpec], n_layer: int) -> list[dict[str, Any] | None]:
+    """As `mixer_list`, for feed-forward parts; None where a layer has none."""
+    return [None if entry is None else _named("mlp", entry) for entry in _per_layer("mlp", mlp, n_layer)]
+
+
+def _per_layer(what: str, given: Any, n_layer: int) -> list[Any]:
+    entries = [given] if given is None or isinstance(given, (str, Mapping)) else list(given)
     if not entries or n_layer % len(entries):
         raise ValueError(
-            f"mixer: a list of {len(entries)} mixers does not divide n_layer = {n_layer}; give one per layer or a "
+            f"{what}: a list of {len(entries)} {what}s does not divide n_layer = {n_layer}; give one per layer or a "
             "pattern that repeats"
         )
-    specs = []
-    for entry in entries:
-        spec = {"name": entry} if isinstance(entry, str) else dict(entry)
-        if not isinstance(spec.get("name"), str):
-            raise ValueError(f"mixer: want a name or a dict with 'name', got {entry!r}")
-        specs.append(spec)
-    return specs * (n_layer // len(specs))
+    return entries * (n_layer // len(entries))
+
+
+def _plain(given: Any) -> Any:
+    """What JSON can hold, and the caller cannot change any more."""
+    if given is None or isinstance(given, str):
+        return given
+    return dict(given) if isinstance(given, Mapping) else [_plain(entry) for entry in given]
+
+
+def _named(what: str, entry: Any) -> dict[str, Any]:
+    spec = {"name": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+    if not isinstance(spec.get("name"), str):
+        raise ValueError(f"{what}: want a name or a dict with 'name', got {entry!r}")
+    return spec
 
 
 class LanguageModel(CausalLM):
@@ -52,13 +69,17 @@ class LanguageModel(CausalLM):
         d_model: width D. n_layer: number of blocks.
         mixer: a name from `statewise.mixers.names()`, a dict such as {"name": "mamba2", "d_state": 64}, or a list of
             these: one per layer, or a pattern that repeats, e.g. ["mamba2"] * 3 + ["attention"].
-        d_intermediate: hidden width of a gated MLP in each block, 0 for none.
+        mlp: the feed-forward part of each block: a name from `statewise.blocks.names()` with options, such as
+            {"name": "moe", "hidden": 512, "n_experts": 8, "top_k": 2}, None for none, or a list of these as in `mixer`.
+        d_intermediate: hidden width of a gated MLP in each block, rounded up to a multiple of 128; short for `mlp`.
+            0 for none.
         tie_embeddings: the output head uses the embedding's weight.
         residual_in_fp32: keep the residual stream in float32 when the weights are in half precision.
         pad_vocab_to: the embedding has V rounded up to a multiple of this many rows; the extra rows are never seen.
         norm_eps: of the norms.
         norm_offset: norms multiply by this plus their weight, which then starts at 1 - norm_offset (1 in Gemma).
         embedding_scale, logit_scale, logit_cap: see `CausalLM`.
+        residual_scale: factor on what mixers and feed-forward parts add to the stream.
 
     forward(tokens (B, L)) -> logits (B, L, V); `init_state`, `extend` and `step` as in `statewise.mixers.base.Causal`.
 
@@ -74,6 +95,7 @@ class LanguageModel(CausalLM):
         n_layer: int,
         *,
         mixer: MixerSpec | Sequence[MixerSpec] = "mamba2",
+        mlp: PartSpec | Sequence[PartSpec] = None,
         d_intermediate: int = 0,
         tie_embeddings: bool = True,
         residual_in_fp32: bool = True,
@@ -83,18 +105,21 @@ class LanguageModel(CausalLM):
         embedding_scale: float = 1.0,
         logit_scale: float = 1.0,
         logit_cap: float | None = None,
+        residual_scale: float = 1.0,
     ):
         check_sizes(("n_layer", n_layer, 0), ("d_intermediate", d_intermediate, 0))
         super().__init__(
             vocab_size, d_model, tie_embeddings=tie_embeddings, pad_vocab_to=pad_vocab_to,
             embedding_scale=embedding_scale, logit_scale=logit_scale, logit_cap=logit_cap,
         )  # fmt: skip
-        specs = mixer_list(mixer, n_layer) if n_layer else []
+        if mlp is not None and d_intermediate:
+            raise ValueError(f"d_intermediate: want 0 where mlp is given, got {d_intermediate}")
         self.config = {
             "vocab_size": vocab_size,
             "d_model": d_model,
             "n_layer": n_layer,
-            "mixer": mixer if isinstance(mixer, str) else specs[0] if isinstance(mixer, Mapping) else list(mixer),
+            "mixer": _plain(mixer),
+            "mlp": _plain(mlp),
             "d_intermediate": d_intermediate,
             "tie_embeddings": tie_embeddings,
             "residual_in_fp32": residual_in_fp32,
@@ -104,21 +129,34 @@ class LanguageModel(CausalLM):
             "embedding_scale": embedding_scale,
             "logit_scale": logit_scale,
             "logit_cap": logit_cap,
+            "residual_scale": residual_scale,
         }
         self.residual_in_fp32 = residual_in_fp32
+        specs, parts = self.specs()
         self.layers = nn.ModuleList()
-        for spec in specs:
+        for spec, part in zip(specs, parts):
             options = {k: v for k, v in spec.items() if k != "name"}
             built = mixers.create(spec["name"], d_model, **options)
             if not isinstance(built, CausalMixer):
                 raise ValueError(f"mixer: {spec['name']!r} is not causal, so it cannot model language left to right")
-            mlp = GatedMLP(d_model, d_intermediate) if d_intermediate else None
-            self.layers.append(ResidualBlock(d_model, built, mlp, norm_eps=norm_eps, norm_offset=norm_offset))
-        self._finish(RMSNorm(d_model, norm_eps, norm_offset), len(specs) * (2 if d_intermediate else 1))
+            feed = None if part is None else blocks.create(d_model=d_model, **part)
+            self.layers.append(
+                blocks.ResidualBlock(
+                    d_model, built, feed, norm_eps=norm_eps, norm_offset=norm_offset, scale=residual_scale
+                )
+            )
+        self._finish(RMSNorm(d_model, norm_eps, norm_offset), len(specs) + sum(part is not None for part in parts))
+
+    def specs(self) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
+        """For each layer its mixer, and its feed-forward part or None, as {"name": ..., **options}."""
+        config = self.config
+        mixer, n_layer, hidden = config["mixer"], config["n_layer"], config["d_intermediate"]
+        parts = part_list({"name": "gated", "hidden": hidden} if hidden else config["mlp"], n_layer)
+        return (mixer_list(mixer, n_layer) if n_layer else []), parts
 
     @property
-    def blocks(self) -> list[ResidualBlock]:
-        return cast(list[ResidualBlock], list(self.layers))
+    def blocks(self) -> list[blocks.ResidualBlock]:
+        return cast("list[blocks.ResidualBlock]", list(self.layers))
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> LanguageState:
         return LanguageState(

@@ -9,6 +9,8 @@ from ..family import Family
 # Name -> module, imported on first use. A model that several can say is written in the first of its layout.
 MODULES = {
     "mamba": "mamba",
+    "falcon_mamba": "falcon_mamba",
+    "mamba2": "mamba2",
     "zamba2": "zamba2",
 }
 

@@ -1,4 +1,4 @@
-"""transformers `mamba`: Mamba language models."""
+"""transformers `mamba`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ from typing import Any
 
 from ..family import Config, Family, first
 from ..fields import Fields, expansion
-from ..rules import Insert, Rule, same, within
+from ..rules import Rule, same, within
+from ._parts import MAMBA
 
-MIXER = [
-    *same("in_proj.weight", "in_proj.bias", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"),
-    *same("A_log", "D", "out_proj.weight", "out_proj.bias"),
-    Rule("conv1d.weight", "conv1d.weight", Insert(1)),
-]
 BACKBONE = [
     Rule("embedding.weight", "backbone.embeddings.weight"),
     Rule("norm_f.weight", "backbone.norm_f.weight"),
@@ -24,7 +20,7 @@ def rules(config: Config) -> list[Rule]:
     table = list(BACKBONE)
     for i in range(len(config["layers"])):
         table += within(f"layers.{i}", f"backbone.layers.{i}", same("norm.weight"))
-        table += within(f"layers.{i}.mixer", f"backbone.layers.{i}.mixer", MIXER)
+        table += within(f"layers.{i}.mixer", f"backbone.layers.{i}.mixer", MAMBA)
     return table
 
 
