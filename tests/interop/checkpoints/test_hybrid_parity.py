@@ -42,13 +42,63 @@ def _often_clamped(model: Any) -> Any:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith("dt_bias"):
-                p.sub_(1)
+                p.sub_(3)
     model.generation_config.use_cache = False
     return model
 
 
+def falcon_h1(odd: bool) -> Any:
+    config = transformers.FalconH1Config(
+        vocab_size=101, hidden_size=30 if odd else 32, num_hidden_layers=2, intermediate_size=27 if odd else 48,
+        mamba_d_ssm=42 if odd else None, mamba_n_heads=6 if odd else 4, mamba_d_state=5 if odd else 8,
+        mamba_n_groups=3 if odd else 1, mamba_d_conv=3 if odd else 4, mamba_chunk_size=11 if odd else 16,
+        mamba_rms_norm=odd, mamba_norm_before_gate=odd, mamba_proj_bias=odd, projectors_bias=odd, mlp_bias=odd,
+        num_attention_heads=6 if odd else 4, num_key_value_heads=3 if odd else 2, head_dim=6 if odd else 8,
+        attention_bias=odd, rms_norm_eps=1e-3 if odd else 1e-5, tie_word_embeddings=odd,
+        time_step_limit=(1.5, 1.9) if odd else (0.0, float("inf")),
+        rope_parameters={"rope_type": "default", "rope_theta": 1e11 if odd else 1e4},
+        ssm_multipliers=[0.7, 1.2, 0.6, 1.4, 0.9], ssm_in_multiplier=1.3, ssm_out_multiplier=0.8,
+        attention_in_multiplier=0.9, attention_out_multiplier=1.1, key_multiplier=0.37, mlp_multipliers=[0.6, 1.7],
+        embedding_multiplier=5.6, lm_head_multiplier=0.04,
+    )  # fmt: skip
+    model = transformers.FalconH1ForCausalLM(config)
+    return _often_clamped(model) if odd else model
+
+
+class RecurrentGemma(transformers.RecurrentGemmaForCausalLM):
+    """Hands its cache out, as every other model of transformers does, and lets go of states."""
+
+    def forward(self, *args: Any, use_cache: bool | None = None, cache: Any = None, **kwargs: Any) -> Any:
+        if use_cache and cache is None:
+            cache = transformers.DynamicCache(config=self.config)
+        out = super().forward(*args, use_cache=use_cache, cache=cache, **kwargs)
+        out.cache = cache
+        if not use_cache:
+            for layer in self.model.layers:
+                if hasattr(layer.temporal_block, "rg_lru"):
+                    layer.temporal_block.rg_lru.recurrent_states = None  # it would keep the graph of the last call
+        return out
+
+
+def recurrent_gemma(odd: bool) -> Any:
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=101, hidden_size=40 if odd else 32, num_hidden_layers=4 if odd else 3,
+        intermediate_size=54 if odd else 96, num_attention_heads=5 if odd else 4, num_key_value_heads=1,
+        lru_width=35 if odd else None, attention_window_size=7 if odd else 11, conv1d_width=3 if odd else 4,
+        logits_soft_cap=1.5 if odd else 30.0, rms_norm_eps=1e-3 if odd else 1e-6, attention_bias=odd,
+        block_types=["attention", "recurrent"] if odd else ["recurrent", "recurrent", "attention"],
+        tie_word_embeddings=not odd, rope_parameters={"rope_type": "default", "rope_theta": 500.0 if odd else 1e4},
+    )  # fmt: skip
+    return RecurrentGemma(config)
+
+
+RESTART = "the recurrent layers start anew with every chunk of more than one token"
+UNMASKED = "the recurrent layers do not look at the attention mask"
+
 # Name -> how it is built, and what is wrong in transformers: always, and for the odd configuration.
 FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
+    "recurrent_gemma": (recurrent_gemma, {"wrong_chunks": RESTART, "wrong_padding": UNMASKED}, {}),
+    "falcon_h1": (falcon_h1, {}, {"wrong_chunks": CLAMP, "wrong_padding": BIAS}),
     "zamba2": (zamba2, {"wrong_chunks": CLAMP}, {"wrong_padding": BIAS}),
 }
 

@@ -76,6 +76,9 @@ def _options(spec: dict[str, Any], module: Any, d_model: int) -> dict[str, Any]:
             options[name] = chosen
     if spec["name"] == "gated":
         options["hidden"] = module.fc2.in_features
+    if spec["name"] == "parallel":
+        named = [{"name": m} if isinstance(m, str) else dict(m) for m in options["mixers"]]
+        options["mixers"] = [_options(m, branch, d_model) for m, branch in zip(named, module.branches)]
     if "expand" in options:
         options["expand"] = expansion(int(options["expand"] * d_model), d_model)
     return options

@@ -12,6 +12,8 @@ MODULES = {
     "falcon_mamba": "falcon_mamba",
     "mamba2": "mamba2",
     "zamba2": "zamba2",
+    "falcon_h1": "falcon_h1",
+    "recurrent_gemma": "recurrent_gemma",
 }
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from ..family import Config, Family, Inexpressible
 from ..fields import Fields, expansion
-from ..rules import Insert, Rule, Same, Swapped, same, within
+from ..rules import Rule, Same, Swapped, same, within
+from ._parts import MAMBA2
+from ._rope import read_rope
 
-MIXER = [
-    *same("in_proj.weight", "in_proj.bias", "conv1d.bias", "dt_bias", "A_log", "D", "norm.weight"),
-    *same("out_proj.weight", "out_proj.bias"),
-    Rule("conv1d.weight", "conv1d.weight", Insert(1)),
-]
 BLOCK = [
     Rule("norm.weight", "input_layernorm.weight"),
     Rule("norm2.weight", "pre_ff_layernorm.weight"),
@@ -38,7 +35,7 @@ def rules(config: Config) -> list[Rule]:
     for i in range(config["n_layer"]):
         # A layer that listens to a shared block has the rest of itself one level further down.
         theirs = f"model.layers.{i}.mamba_decoder" if i in places else f"model.layers.{i}"
-        table += within(f"layers.{i}.mixer", f"{theirs}.mamba", MIXER)
+        table += within(f"layers.{i}.mixer", f"{theirs}.mamba", MAMBA2)
         table += [
             Rule(f"layers.{i}.norm.weight", f"{theirs}.input_layernorm.weight"),
             Rule(f"layers.{i}.from_shared.weight", f"model.layers.{i}.linear.weight"),
@@ -66,8 +63,9 @@ def read(fields: Fields) -> Config:
     kinds = fields.choices("layers_block_type", ("mamba", "linear_attention", "hybrid"), layers)
     attention_heads = fields.integer("num_attention_heads", 32)
     rank = fields.integer("adapter_rank", 128)
-    rope = fields.below("rope_parameters")
-    rope.only("rope_type", "default", default="default")
+    rope = read_rope(fields, 2 * width // attention_heads)
+    if rope["rope_dim"] != 2 * width // attention_heads:
+        fields.fail("rope_parameters", "rotary positions over whole heads")
     low = fields.number("time_step_min", 0.001)
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -93,7 +91,7 @@ def read(fields: Fields) -> Config:
         "rank": rank,
         "attention_rank": rank if fields.flag("use_shared_attention_adapter", False) else 0,
         "rope": fields.flag("use_mem_rope", False),
-        "rope_theta": rope.number("rope_theta", fields.number("rope_theta", 10000.0, above=0), above=0),
+        "rope_theta": rope["rope_theta"],
         "mlp_bias": fields.flag("add_bias_linear", False),
         "tie_embeddings": fields.flag("tie_word_embeddings", True),
         "norm_eps": fields.number("rms_norm_eps", 1e-5, above=0),
