@@ -50,11 +50,13 @@ def mamba(odd: bool) -> Any:
 
 BIAS = "padding is masked before the input projection, whose bias then fills it"
 
+LIMIT = "a step of one token ignores time_step_limit"
+
 # Name -> how it is built, and what is wrong in transformers: always, and for the odd configuration.
 FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
     "mamba": (mamba, {"wrong_chunks": MAMBA_1}, {"wrong_padding": BIAS}),
     "falcon_mamba": (falcon_mamba, {"wrong_chunks": MAMBA_1}, {}),
-    "mamba2": (mamba2, {}, {}),
+    "mamba2": (mamba2, {}, {"wrong_chunks": LIMIT}),
 }
 
 

@@ -85,6 +85,9 @@ class Fields:
     def time_step_limit(self, name: str = "time_step_limit") -> tuple[float, float | None] | None:
         """(low, high or None) of a clamp of the step size; None where the clamp does nothing."""
         value = self.get(name, (0.0, math.inf))
+        if isinstance(value, list):
+            # Infinity has no word in JSON; transformers writes it as an object since version 5.
+            value = [math.inf if v == {"__float__": "Infinity"} else v for v in value]
         if (
             not isinstance(value, (list, tuple))
             or len(value) != 2

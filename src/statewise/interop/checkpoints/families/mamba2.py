@@ -64,7 +64,7 @@ def write(config: Config) -> Config:
         "num_heads": int(mixer["expand"] * config["d_model"]) // mixer["head_dim"],
         "n_groups": mixer["n_groups"],
         "conv_kernel": mixer["d_conv"],
-        "time_step_limit": time_step_limit(mixer["dt_limit"]),
+        **time_step_limit(mixer["dt_limit"]),
         "use_bias": mixer["bias"],
         "use_conv_bias": mixer["conv_bias"],
         "hidden_act": "silu",
@@ -74,10 +74,11 @@ def write(config: Config) -> Config:
     }
 
 
-def time_step_limit(limit: tuple[float, float | None] | None) -> list[float]:
+def time_step_limit(limit: tuple[float, float | None] | None) -> Config:
     """Our clamp of the step size as transformers writes it."""
-    low, high = (0.0, None) if limit is None else limit
-    return [low, math.inf if high is None else high]
+    if limit is None:
+        return {}
+    return {"time_step_limit": [limit[0], math.inf if limit[1] is None else limit[1]]}
 
 
 FAMILY = Family(
