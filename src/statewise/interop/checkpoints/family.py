@@ -49,6 +49,17 @@ class Family:
     ignored: tuple[str, ...] = ()
 
 
+def shortest(entries: Sequence[Any]) -> list[Any]:
+    """The shortest pattern whose repetition is the whole list."""
+    n = len(entries)
+    return next(list(entries[:k]) for k in range(1, n + 1) if n % k == 0 and list(entries) == entries[:k] * (n // k))
+
+
+def has(config: Config, part: Literal["mixer", "mlp"], name: str) -> bool:
+    """Whether a layer has a mixer (or feed-forward part) of this name."""
+    return any(layer[part] is not None and layer[part]["name"] == name for layer in config["layers"])
+
+
 def first(config: Config, part: Literal["mixer", "mlp"], name: str) -> Config:
     """The options of the first layer whose mixer (or feed-forward part) has this name."""
     for layer in config["layers"]:

@@ -82,6 +82,18 @@ class Fields:
     def layers(self, name: str) -> int:
         return self.integer(name, least=0, most=MAX_LAYERS)
 
+    def rope(self, fraction: float = 1.0) -> tuple[float, float]:
+        """Base of the rotary frequencies and the fraction of a head that turns, in the old spelling or in the new."""
+        given = self.below("rope_parameters")
+        for name in ("rope_type", "type"):
+            given.only(name, "default", default="default")
+        self.only("rope_scaling", None)
+        theta = (given if "rope_theta" in given else self).number("rope_theta", 10000.0, above=0)
+        part = given.number("partial_rotary_factor", fraction, above=0)
+        if part > 1:
+            given.fail("partial_rotary_factor", "a number from 0 to 1")
+        return theta, part
+
     def time_step_limit(self, name: str = "time_step_limit") -> tuple[float, float | None] | None:
         """(low, high or None) of a clamp of the step size; None where the clamp does nothing."""
         value = self.get(name, (0.0, math.inf))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..family import Config, Family, first
 from ..fields import Fields, expansion
 from ..rules import Rule, same, within
-from ._parts import MAMBA2
+from ._parts import MAMBA2, time_step_limit
 from .mamba import BACKBONE
 
 
@@ -72,13 +71,6 @@ def write(config: Config) -> Config:
         "residual_in_fp32": config["residual_in_fp32"],
         "tie_word_embeddings": config["tie_embeddings"],
     }
-
-
-def time_step_limit(limit: tuple[float, float | None] | None) -> Config:
-    """Our clamp of the step size as transformers writes it."""
-    if limit is None:
-        return {}
-    return {"time_step_limit": [limit[0], math.inf if limit[1] is None else limit[1]]}
 
 
 FAMILY = Family(
