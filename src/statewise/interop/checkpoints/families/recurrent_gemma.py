@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ..family import Config, Family, Inexpressible, first
+from ..family import Config, Family, Inexpressible, first, has, shortest
 from ..fields import Fields
 from ..rules import Insert, Rule, same, within
-from ._parts import ATTENTION, GATED
-from ._rope import read_rope, write_rope
+from ._parts import ATTENTION, GATED, mixers_of, read_attention, rope_parameters
 
 RGLRU = [
     Rule("x_proj.weight", "linear_x.weight"),
@@ -28,6 +27,7 @@ RGLRU = [
     Rule("out_proj.weight", "linear_out.weight"),
     Rule("out_proj.bias", "linear_out.bias"),
 ]
+NORMS = [Rule("norm.weight", "temporal_pre_norm.weight"), Rule("norm2.weight", "channel_pre_norm.weight")]
 NAMES = {"rglru": "recurrent", "attention": "attention"}
 
 
@@ -37,52 +37,44 @@ def rules(config: Config) -> list[Rule]:
         Rule("norm_f.weight", "model.final_norm.weight"),
         *same("lm_head.weight"),
     ]
-    for i, layer in enumerate(config["layers"]):
+    for i, mixer in enumerate(mixers_of(config)):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
-        mixer = RGLRU if layer["mixer"]["name"] == "rglru" else ATTENTION
-        table += within(f"{ours}.mixer", f"{theirs}.temporal_block", mixer)
+        table += within(ours, theirs, NORMS)
+        table += within(f"{ours}.mixer", f"{theirs}.temporal_block", RGLRU if mixer == "rglru" else ATTENTION)
         table += within(f"{ours}.mlp", f"{theirs}.mlp_block", GATED)
-        table += [
-            Rule(f"{ours}.norm.weight", f"{theirs}.temporal_pre_norm.weight"),
-            Rule(f"{ours}.norm2.weight", f"{theirs}.channel_pre_norm.weight"),
-        ]
     return table
 
 
 def read(fields: Fields) -> Config:
     fields.only("hidden_activation", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")
     fields.only("embeddings_scale_by_sqrt_dim", True, default=True)
-    width, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    hidden = fields.integer("intermediate_size")
-    if width % heads:
-        fields.fail("num_attention_heads", f"a divisor of hidden_size = {width}")
+    width, hidden = fields.integer("hidden_size"), fields.integer("intermediate_size")
     if hidden < 2:
-        fields.fail("intermediate_size", "at least 2: it counts the MLP's gates and values together")
-    recurrent = {
+        fields.fail("intermediate_size", "at least 2: it counts the gates and the values of the MLP")
+    theta, part = fields.rope(fields.number("partial_rotary_factor", 0.5, above=0))
+    attention = read_attention(
+        fields,
+        window=fields.integer("attention_window_size", 2048),
+        rope_theta=theta,
+        bias=fields.flag("attention_bias", False),
+        out_bias=True,
+    )
+    attention["rope_dim"] = int(attention["head_dim"] * part)
+    recurrent: dict[str, Any] = {
         "name": "rglru",
         "d_rnn": fields.integer("lru_width", width),
-        "n_blocks": heads,
+        "n_blocks": attention["n_heads"],
         "d_conv": fields.integer("conv1d_width", 4),
     }
-    attention: dict[str, Any] = {
-        "name": "attention",
-        "n_heads": heads,
-        "n_kv_heads": fields.integer("num_key_value_heads", heads),
-        "window": fields.integer("attention_window_size", 2048),
-        **read_rope(fields, width // heads, part=0.5),
-        "bias": fields.flag("attention_bias", False),
-        "out_bias": True,
-    }
-    layers = fields.layers("num_hidden_layers")
+    n_layer, kinds = fields.layers("num_hidden_layers"), {"recurrent": recurrent, "attention": attention}
     pattern = fields.get("block_types", ["recurrent", "recurrent", "attention"])
-    if not isinstance(pattern, list) or not pattern or not set(pattern) <= set(NAMES.values()):
+    if not isinstance(pattern, list) or not pattern or not all(kind in kinds for kind in pattern):
         fields.fail("block_types", "a list of 'recurrent' and 'attention'")
-    kinds = {"recurrent": recurrent, "attention": attention}
     return {
         "vocab_size": fields.integer("vocab_size"),
         "d_model": width,
-        "n_layer": layers,
-        "mixer": [kinds[pattern[i % len(pattern)]] for i in range(layers)],
+        "n_layer": n_layer,
+        "mixer": shortest([kinds[pattern[i % len(pattern)]] for i in range(n_layer)] or [recurrent]),
         "mlp": {"name": "gated", "hidden": hidden // 2, "bias": True, "multiple_of": 1, "activation": "gelu_tanh"},
         "tie_embeddings": fields.flag("tie_word_embeddings", True),
         "residual_in_fp32": False,
@@ -95,28 +87,37 @@ def read(fields: Fields) -> Config:
 
 
 def write(config: Config) -> Config:
-    mlp = config["layers"][0]["mlp"] if config["layers"] else None
-    if mlp is None or config["logit_cap"] is None:
-        raise Inexpressible("want a gated MLP in every layer, and a logit_cap")
-    if any(layer["mixer"]["name"] not in NAMES for layer in config["layers"]):
-        raise Inexpressible(f"mixer: want {' or '.join(NAMES)} in every layer")
-    recurrent, attention = first(config, "mixer", "rglru"), first(config, "mixer", "attention")
+    mlp, kinds = first(config, "mlp", "gated"), mixers_of(config)
+    if not set(kinds) <= set(NAMES):
+        raise Inexpressible(f"mixer: want {' or '.join(NAMES)} in every layer, got {', '.join(sorted(set(kinds)))}")
+    own: Config = {}
+    if has(config, "mixer", "rglru"):
+        mixer = first(config, "mixer", "rglru")
+        own |= {
+            "lru_width": mixer["d_rnn"],
+            "conv1d_width": mixer["d_conv"],
+            "num_attention_heads": mixer["n_blocks"],
+            "num_key_value_heads": mixer["n_blocks"],
+        }
+    if has(config, "mixer", "attention"):
+        mixer = first(config, "mixer", "attention")
+        own |= {
+            "num_attention_heads": mixer["n_heads"],
+            "num_key_value_heads": mixer["n_kv_heads"],
+            "attention_window_size": mixer["window"],
+            "attention_bias": mixer["bias"],
+            "rope_parameters": rope_parameters(mixer),
+        }
     return {
         "model_type": "recurrent_gemma",
         "architectures": ["RecurrentGemmaForCausalLM"],
         "vocab_size": config["vocab_size"],
         "hidden_size": config["d_model"],
-        "num_hidden_layers": len(config["layers"]),
-        "block_types": [NAMES[layer["mixer"]["name"]] for layer in config["layers"]],
+        "num_hidden_layers": len(kinds),
+        "block_types": shortest([NAMES[kind] for kind in kinds]),
+        **own,
         "intermediate_size": 2 * mlp["hidden"],
         "hidden_activation": "gelu_pytorch_tanh",
-        "lru_width": recurrent["d_rnn"],
-        "conv1d_width": recurrent["d_conv"],
-        "num_attention_heads": attention["n_heads"],
-        "num_key_value_heads": attention["n_kv_heads"],
-        "attention_window_size": attention["window"],
-        "attention_bias": attention["bias"],
-        "rope_parameters": write_rope(attention),
         "rms_norm_eps": config["norm_eps"],
         "logits_soft_cap": config["logit_cap"],
         "tie_word_embeddings": config["tie_embeddings"],

@@ -6,7 +6,6 @@ from ..family import Config, Family, Inexpressible
 from ..fields import Fields, expansion
 from ..rules import Rule, Same, Swapped, same, within
 from ._parts import MAMBA2
-from ._rope import read_rope
 
 BLOCK = [
     Rule("norm.weight", "input_layernorm.weight"),
@@ -63,9 +62,9 @@ def read(fields: Fields) -> Config:
     kinds = fields.choices("layers_block_type", ("mamba", "linear_attention", "hybrid"), layers)
     attention_heads = fields.integer("num_attention_heads", 32)
     rank = fields.integer("adapter_rank", 128)
-    rope = read_rope(fields, 2 * width // attention_heads)
-    if rope["rope_dim"] != 2 * width // attention_heads:
-        fields.fail("rope_parameters", "rotary positions over whole heads")
+    theta, part = fields.rope()
+    if part != 1:
+        fields.fail("rope_parameters", "a partial_rotary_factor of 1, if there is one")
     low = fields.number("time_step_min", 0.001)
     return {
         "vocab_size": fields.integer("vocab_size"),
@@ -91,7 +90,7 @@ def read(fields: Fields) -> Config:
         "rank": rank,
         "attention_rank": rank if fields.flag("use_shared_attention_adapter", False) else 0,
         "rope": fields.flag("use_mem_rope", False),
-        "rope_theta": rope["rope_theta"],
+        "rope_theta": theta,
         "mlp_bias": fields.flag("add_bias_linear", False),
         "tie_embeddings": fields.flag("tie_word_embeddings", True),
         "norm_eps": fields.number("rms_norm_eps", 1e-5, above=0),
