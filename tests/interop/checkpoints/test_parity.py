@@ -109,7 +109,7 @@ LIMIT = "a step of one token ignores time_step_limit"
 FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
     "mamba": (mamba, {"wrong_chunks": MAMBA_1}, {"wrong_padding": BIAS}),
     "falcon_mamba": (falcon_mamba, {"wrong_chunks": MAMBA_1}, {}),
-    "mamba2": (mamba2, {}, {"wrong_chunks": LIMIT}),
+    "mamba2": (mamba2, {}, {"wrong_chunks": LIMIT, "wrong_steps": LIMIT}),
     "bamba": (bamba, {}, {}),
     "granitemoehybrid": (granitemoehybrid, {}, {}),
     "granite_dense": (granite_dense, {}, {}),

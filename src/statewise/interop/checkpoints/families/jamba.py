@@ -23,7 +23,7 @@ def rules(config: Config) -> list[Rule]:
             table += within(f"{ours}.mixer", f"{theirs}.mamba", [*MAMBA, *MAMBA_NORMS])
         mlp = layer["mlp"]
         table += within(
-            f"{ours}.mlp", f"{theirs}.feed_forward", _experts(mlp["n_experts"]) if "top_k" in mlp else GATED
+            f"{ours}.mlp", f"{theirs}.feed_forward", _experts(mlp["n_experts"]) if mlp["name"] == "moe" else GATED
         )
     return table
 
