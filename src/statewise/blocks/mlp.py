@@ -59,3 +59,21 @@ class GatedMLP(nn.Module):
         y, gate = self.fc1(x).chunk(2, -1)
         y = self.fc2(y * self.activation(gate if self.gate_scale == 1 else gate * self.gate_scale))
         return y if self.out_scale == 1 else y * self.out_scale
+
+
+class MLP(nn.Module):
+    """fc2(activation(fc1(x))): D -> hidden -> D, without a gate.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.3; squared ReLU: So et al. 2021 (arXiv 2109.08668).
+    """
+
+    def __init__(self, d_model: int, hidden: int, *, bias: bool = False, activation: str = "relu_squared"):
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"MLP: hidden: want at least 1, got {hidden}")
+        self.activation = activation_named(activation)
+        self.fc1 = nn.Linear(d_model, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))

@@ -93,6 +93,27 @@ def recurrent_gemma(odd: bool) -> Any:
     return RecurrentGemma(config)
 
 
+def nemotron_h(odd: bool) -> Any:
+    config = transformers.NemotronHConfig(
+        vocab_size=101, hidden_size=30 if odd else 32, intermediate_size=27 if odd else 48,
+        layers_block_type=["linear_attention", "moe", "full_attention", "mlp", "linear_attention"][odd:],
+        num_attention_heads=6 if odd else 4, num_key_value_heads=3 if odd else 2, head_dim=7 if odd else 8,
+        ssm_state_size=5 if odd else 8, mamba_num_heads=6 if odd else 4, mamba_head_dim=7 if odd else 16,
+        n_groups=3 if odd else 1, conv_kernel=3 if odd else 4, chunk_size=11 if odd else 16,
+        n_routed_experts=6 if odd else 4, num_experts_per_tok=3 if odd else 2, moe_intermediate_size=13 if odd else 16,
+        moe_shared_expert_intermediate_size=19 if odd else 24, moe_latent_size=11 if odd else None,
+        n_group=3 if odd else 1, topk_group=2 if odd else 1, norm_topk_prob=not odd, routed_scaling_factor=2.5,
+        use_bias=odd, use_conv_bias=not odd, mlp_bias=odd, layer_norm_epsilon=1e-3 if odd else 1e-5,
+        tie_word_embeddings=False, time_step_min=0.5, time_step_max=0.6,
+    )  # fmt: skip
+    model = _often_clamped(transformers.NemotronHForCausalLM(config))
+    model.set_experts_implementation("eager")  # grouped products refuse widths that are no multiple of 16 bytes
+    for name, correction in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            correction.normal_(std=0.2)
+    return model
+
+
 RESTART = "the recurrent layers start anew with every chunk of more than one token"
 UNMASKED = "the recurrent layers do not look at the attention mask"
 
@@ -100,6 +121,7 @@ UNMASKED = "the recurrent layers do not look at the attention mask"
 FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
     "recurrent_gemma": (recurrent_gemma, {"wrong_chunks": RESTART, "wrong_padding": UNMASKED}, {}),
     "falcon_h1": (falcon_h1, {}, {"wrong_chunks": CLAMP, "wrong_padding": BIAS}),
+    "nemotron_h": (nemotron_h, {"wrong_chunks": CLAMP}, {"wrong_padding": BIAS}),
     "zamba2": (zamba2, {"wrong_chunks": CLAMP}, {"wrong_padding": BIAS}),
 }
 

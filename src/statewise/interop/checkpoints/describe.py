@@ -56,7 +56,7 @@ def complete(model: Any) -> Config:
     config["vocab_size"] = len(model.embedding.weight)
     config["layers"] = [
         {
-            "mixer": _options(mixer, block.mixer, config["d_model"]),
+            "mixer": None if mixer is None else _options(mixer, block.mixer, config["d_model"]),
             "mlp": None if part is None else _options(part, block.mlp, config["d_model"]),
         }
         for mixer, part, block in zip(*model.specs(), model.blocks)

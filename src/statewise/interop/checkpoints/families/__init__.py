@@ -16,6 +16,7 @@ MODULES = {
     "jamba": "jamba",
     "zamba2": "zamba2",
     "falcon_h1": "falcon_h1",
+    "nemotron_h": "nemotron_h",
     "recurrent_gemma": "recurrent_gemma",
 }
 
