@@ -15,20 +15,31 @@ from ..ops.norm import gated_rms_norm, rms_norm
 class RMSNorm(nn.Module):
     """`ops.norm.rms_norm` with the weight (D,) + `offset`, initialised so that the sum is one.
 
-    An offset of 1 (as in Gemma) makes weight decay pull towards the plain norm. With weight=False there is none.
+    An offset of 1 (as in Gemma) makes weight decay pull towards the plain norm.
     """
 
-    def __init__(self, d_model: int, eps: float = 1e-5, offset: float = 0.0, *, weight: bool = True):
+    def __init__(self, d_model: int, eps: float = 1e-5, offset: float = 0.0):
         super().__init__()
         self.eps, self.offset = eps, offset
-        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset)) if weight else None
+        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None or self.offset == 0:
+        if self.offset == 0:
             return rms_norm(x, self.weight, self.eps)
         # The sum is taken where half precision does not round it.
         weight = self.weight.to(compute_dtype(self.weight)) + self.offset
         return rms_norm(x, weight, self.eps)
+
+
+class UnitRMSNorm(nn.Module):
+    """`ops.norm.rms_norm` without a weight."""
+
+    def __init__(self, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, None, self.eps)
 
 
 class GatedRMSNorm(nn.Module):

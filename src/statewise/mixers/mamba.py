@@ -15,7 +15,7 @@ from ..ops.short_conv import short_conv
 from ..segments import Segments
 from ..state import exportable
 from .base import CausalMixer, HasMixing, Mixing, check_input
-from .layers import RMSNorm, ShortConv
+from .layers import RMSNorm, ShortConv, UnitRMSNorm
 
 
 @exportable
@@ -83,7 +83,7 @@ class Mamba(CausalMixer, HasMixing):
             if coefficient_norm is None
             else nn.ModuleDict(
                 {
-                    name: RMSNorm(width, norm_eps, weight=coefficient_norm == "rms")
+                    name: RMSNorm(width, norm_eps) if coefficient_norm == "rms" else UnitRMSNorm(norm_eps)
                     for name, width in (("dt", self.dt_rank), ("B", d_state), ("C", d_state))
                 }
             )

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,6 +149,34 @@ def packed_is_separate(theirs: Any, ours: Any) -> None:
     assert_close(got, want, "packed documents")
 
 
+def round_trip_is_exact(theirs: Any, ours: Any) -> None:
+    """Their checkpoint as ours and back, in shards: the same names, and the same bits; their class takes it."""
+    from ..interop.checkpoints import convert
+    from ..models._tensors import open_tensors
+
+    with tempfile.TemporaryDirectory() as folder:
+        start, middle, end = (Path(folder) / name for name in ("start", "middle", "end"))
+        theirs.save_pretrained(start)
+        convert(start, middle, to="statewise")
+        convert(middle, end, to="transformers", family=theirs.config.model_type, max_shard=20_000)
+        for what, want, got in (
+            ("ours", ours.state_dict(), open_tensors(middle)),
+            ("theirs", open_tensors(start), open_tensors(end)),
+        ):
+            require(set(got) == set(want), f"{what}: other names: {sorted(set(got) ^ set(want))}")
+            for name in want:
+                same = got[name].dtype == want[name].dtype and torch.equal(got[name], want[name])
+                require(same, f"{what}: {name} is not the same to the bit")
+        again = type(theirs).from_pretrained(end).eval()
+        if kind := getattr(theirs.config, "_experts_implementation", None):
+            again.set_experts_implementation(kind)
+        tokens = _tokens(ours, BATCH, LENGTH)
+        with torch.no_grad():
+            assert_close(
+                _alone(again, tokens), _alone(theirs, tokens), "their class with the checkpoint that came back"
+            )
+
+
 def _theirs_too(off: float, wrong: str | None, what: str) -> None:
     """What transformers gives is right, or known to be wrong and still so."""
     if wrong is None:
@@ -178,6 +207,7 @@ def parity_laws(
         partial(padding_changes_nothing, wrong=wrong_padding),
         partial(chunks_are_whole, wrong=wrong_chunks),
         packed_is_separate,
+        round_trip_is_exact,
     ]
 
     def run(check: Callable[[Any, Any], None]) -> None:

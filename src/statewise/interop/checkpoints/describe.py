@@ -16,7 +16,7 @@ from .fields import expansion
 
 # What decides how a model begins, how fast it runs or what half precision rounds, but not what it computes.
 _NEUTRAL = frozenset(
-    {"dt_min", "dt_max", "dt_floor", "dt_scale", "a_range", "chunk_size", "residual_in_fp32", "multiple_of"}
+    {"dt_min", "dt_max", "dt_floor", "dt_scale", "a_range", "chunk_size", "residual_in_fp32", "multiple_of", "tokens"}
 )
 
 
@@ -41,7 +41,8 @@ def complete(model: Any) -> Config:
     """The configuration of a model with every default filled in.
 
     For a language model: the arguments of `LanguageModel`, without those that speak of layers; `vocab_size` counts the
-    rows of the embedding; and "layers", for each layer {"mixer": {"name": ..., every option}, "mlp": the same or None}.
+    rows of the embedding, "tokens" those that are used; and "layers", for each layer
+    {"mixer": {"name": ..., every option}, "mlp": the same or None}.
     Options that were left to the mixer (None) have the value that it chose. For other architectures: `model.config`.
     """
     if not isinstance(model, LanguageModel):
@@ -53,7 +54,7 @@ def complete(model: Any) -> Config:
     config = {**_defaults(LanguageModel), **model.config}
     for name in ("mixer", "mlp", "n_layer", "pad_vocab_to", "d_intermediate"):
         del config[name]
-    config["vocab_size"] = len(model.embedding.weight)
+    config["tokens"], config["vocab_size"] = model.vocab_size, len(model.embedding.weight)
     config["layers"] = [
         {
             "mixer": None if mixer is None else _options(mixer, block.mixer, config["d_model"]),

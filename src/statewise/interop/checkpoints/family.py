@@ -51,8 +51,8 @@ class Family:
 
 def shortest(entries: Sequence[Any]) -> list[Any]:
     """The shortest pattern whose repetition is the whole list."""
-    n = len(entries)
-    return next(list(entries[:k]) for k in range(1, n + 1) if n % k == 0 and list(entries) == entries[:k] * (n // k))
+    whole, n = list(entries), len(entries)
+    return next(whole[:k] for k in range(1, n + 1) if n % k == 0 and whole == whole[:k] * (n // k))
 
 
 def has(config: Config, part: Literal["mixer", "mlp"], name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 _REQUIRED: Any = object()
@@ -17,6 +17,9 @@ class Fields:
 
     def __init__(self, config: Mapping[str, Any], source: str) -> None:
         self._config, self.source = config, source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config)
 
     def __contains__(self, name: str) -> bool:
         return self._config.get(name) is not None

@@ -51,7 +51,8 @@ class CausalLM(Causal, Pretrained):
     def _finish(self, norm_f: nn.Module, residuals: int) -> None:
         """Add the final norm and the head, and initialise; `residuals`: how often something is added to the stream."""
         self.norm_f = norm_f
-        self.lm_head = None if self.tie_embeddings else nn.Linear(*reversed(self.embedding.weight.shape), bias=False)
+        rows, width = self.embedding.weight.shape
+        self.lm_head = None if self.tie_embeddings else nn.Linear(width, rows, bias=False)
         self.reset_parameters(residuals)
 
     @abstractmethod

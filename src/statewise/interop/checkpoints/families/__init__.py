@@ -8,6 +8,7 @@ from ..family import Family
 
 # Name -> module, imported on first use. A model that several can say is written in the first of its layout.
 MODULES = {
+    "mamba_ssm": "mamba_ssm",
     "mamba": "mamba",
     "falcon_mamba": "falcon_mamba",
     "mamba2": "mamba2",
