@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from statewise.models.language import LanguageModel
+from statewise.models.language import LanguageModel, Zamba2
 from statewise.testing import module_laws
 
 VOCAB = 11
@@ -30,6 +30,20 @@ MODELS = {
         mlp=[{"name": "moe", "hidden": 5, "n_experts": 3, "top_k": 2, "renormalise": False}, None],
     ),
     "hybrid": partial(LanguageModel, VOCAB, 8, 3, mixer=[MAMBA2, MAMBA, ATTENTION], d_intermediate=12),
+    "zamba2": partial(
+        Zamba2,
+        VOCAB,
+        8,
+        4,
+        shared_at=[1, 2, 3],
+        n_shared=2,
+        mixer=MAMBA2,
+        n_heads=4,
+        d_intermediate=12,
+        rank=2,
+        attention_rank=2,
+        rope=True,
+    ),
 }
 
 

@@ -11,14 +11,20 @@ from typing import Any
 from torch import nn
 
 from .._names import check_options, unknown
-from .mlp import GatedMLP
+from .mlp import MLP, GatedMLP
 from .moe import MoE
 from .residual import ResidualBlock
+from .sigmoid_moe import SigmoidMoE
 
-__all__ = ["GatedMLP", "MoE", "ResidualBlock", "create", "names"]
+__all__ = ["MLP", "GatedMLP", "MoE", "ResidualBlock", "SigmoidMoE", "create", "names"]
 
 # Registry name -> class.
-_PARTS: dict[str, type[nn.Module]] = {"gated": GatedMLP, "moe": MoE}
+_PARTS: dict[str, type[nn.Module]] = {
+    "gated": GatedMLP,
+    "mlp": MLP,
+    "moe": MoE,
+    "sigmoid_moe": SigmoidMoE,
+}
 
 
 def names() -> list[str]:

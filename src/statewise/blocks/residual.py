@@ -12,7 +12,7 @@ from ..state import State
 
 
 class ResidualBlock(Causal):
-    """x + scale * mixer(norm(x)), then x + scale * mlp(norm2(x)) if there is an MLP. Causal, with the mixer's state.
+    """x + scale * mixer(norm(x)), then x + scale * mlp(norm2(x)); either may be missing. Causal, with the mixer's state.
 
     The stream x may be kept in float32 (see `LanguageModel.residual_in_fp32`): the mixer sees it in the dtype of the
     norm's weight, and its output is added in the dtype of the stream.
@@ -24,7 +24,7 @@ class ResidualBlock(Causal):
     def __init__(
         self,
         d_model: int,
-        mixer: CausalMixer,
+        mixer: CausalMixer | None,
         mlp: nn.Module | None = None,
         *,
         norm_eps: float = 1e-5,
@@ -32,21 +32,28 @@ class ResidualBlock(Causal):
         scale: float = 1.0,
     ):
         super().__init__()
+        if mixer is None and mlp is None:
+            raise ValueError("ResidualBlock: mixer: want a mixer, a feed-forward part or both, got neither")
         self.scale = scale
-        self.norm = RMSNorm(d_model, norm_eps, norm_offset)
+        self.norm = None if mixer is None else RMSNorm(d_model, norm_eps, norm_offset)
         self.mixer = mixer
         self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps, norm_offset)
         self.mlp = mlp
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> State:
+        if self.mixer is None:
+            return ()
         return self.mixer.init_state(batch, capacity=capacity, device=device, dtype=dtype)
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + (y if self.scale == 1 else y * self.scale).to(x.dtype)
 
     def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
-        y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
-        x = self._add(x, y)
+        if self.mixer is None or self.norm is None:
+            state = ()
+        else:
+            y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
+            x = self._add(x, y)
         if self.mlp is not None and self.norm2 is not None:
             x = self._add(x, self.mlp(self.norm2(x.to(self.norm2.weight.dtype))))
         return x, state

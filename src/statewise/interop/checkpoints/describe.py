@@ -46,14 +46,18 @@ def complete(model: Any) -> Config:
     Options that were left to the mixer (None) have the value that it chose. For other architectures: `model.config`.
     """
     if not isinstance(model, LanguageModel):
-        return dict(model.config)
+        config = {**_defaults(type(model)), **model.config}
+        if "mixer" in config:  # one for all layers
+            spec = config["mixer"] if isinstance(config["mixer"], dict) else {"name": config["mixer"]}
+            config["mixer"] = _options(spec, model.layers[0].mixer, config["d_model"])
+        return config
     config = {**_defaults(LanguageModel), **model.config}
     for name in ("mixer", "mlp", "n_layer", "pad_vocab_to", "d_intermediate"):
         del config[name]
     config["tokens"], config["vocab_size"] = model.vocab_size, len(model.embedding.weight)
     config["layers"] = [
         {
-            "mixer": _options(mixer, block.mixer, config["d_model"]),
+            "mixer": None if mixer is None else _options(mixer, block.mixer, config["d_model"]),
             "mlp": None if part is None else _options(part, block.mlp, config["d_model"]),
         }
         for mixer, part, block in zip(*model.specs(), model.blocks)
@@ -73,6 +77,9 @@ def _options(spec: dict[str, Any], module: Any, d_model: int) -> dict[str, Any]:
             options[name] = chosen
     if spec["name"] == "gated":
         options["hidden"] = module.fc2.in_features
+    if spec["name"] == "parallel":
+        named = [{"name": m} if isinstance(m, str) else dict(m) for m in options["mixers"]]
+        options["mixers"] = [_options(m, branch, d_model) for m, branch in zip(named, module.branches)]
     if "expand" in options:
         options["expand"] = expansion(int(options["expand"] * d_model), d_model)
     return options

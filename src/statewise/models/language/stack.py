@@ -18,8 +18,7 @@ from ...segments import Segments
 from ...state import State, exportable
 from ._causal_lm import CausalLM, check_sizes
 
-MixerSpec = str | Mapping[str, Any]
-PartSpec = str | Mapping[str, Any] | None
+Spec = str | Mapping[str, Any] | None
 
 
 @exportable
@@ -27,14 +26,9 @@ class LanguageState(NamedTuple):
     layers: tuple[State, ...]  # one state per call of a mixer, first layer first
 
 
-def mixer_list(mixer: MixerSpec | Sequence[MixerSpec], n_layer: int) -> list[dict[str, Any]]:
-    """One {"name": ..., **options} per layer; a shorter list is a pattern that repeats."""
-    return [_named("mixer", entry) for entry in _per_layer("mixer", mixer, n_layer)]
-
-
-def part_list(mlp: PartSpec | Sequence[PartSpec], n_layer: int) -> list[dict[str, Any] | None]:
-    """As `mixer_list`, for feed-forward parts; None where a layer has none."""
-    return [None if entry is None else _named("mlp", entry) for entry in _per_layer("mlp", mlp, n_layer)]
+def spec_list(what: str, given: Spec | Sequence[Spec], n_layer: int) -> list[dict[str, Any] | None]:
+    """One {"name": ..., **options}, or None, per layer; a shorter list is a pattern that repeats."""
+    return [None if entry is None else _named(what, entry) for entry in _per_layer(what, given, n_layer)]
 
 
 def _per_layer(what: str, given: Any, n_layer: int) -> list[Any]:
@@ -49,9 +43,9 @@ def _per_layer(what: str, given: Any, n_layer: int) -> list[Any]:
 
 def _plain(given: Any) -> Any:
     """What JSON can hold, and the caller cannot change any more."""
-    if given is None or isinstance(given, str):
-        return given
-    return dict(given) if isinstance(given, Mapping) else [_plain(entry) for entry in given]
+    if isinstance(given, Mapping):
+        return {name: _plain(value) for name, value in given.items()}
+    return [_plain(value) for value in given] if isinstance(given, (list, tuple)) else given
 
 
 def _named(what: str, entry: Any) -> dict[str, Any]:
@@ -61,6 +55,13 @@ def _named(what: str, entry: Any) -> dict[str, Any]:
     return spec
 
 
+def _causal(name: str, d_model: int, **options: Any) -> CausalMixer:
+    built = mixers.create(name, d_model, **options)
+    if not isinstance(built, CausalMixer):
+        raise ValueError(f"mixer: {name!r} is not causal, so it cannot model language left to right")
+    return built
+
+
 class LanguageModel(CausalLM):
     """Embedding, `n_layer` residual blocks, final norm, output head.
 
@@ -68,7 +69,8 @@ class LanguageModel(CausalLM):
         vocab_size: number of tokens V; tokens are integers in [0, V).
         d_model: width D. n_layer: number of blocks.
         mixer: a name from `statewise.mixers.names()`, a dict such as {"name": "mamba2", "d_state": 64}, or a list of
-            these: one per layer, or a pattern that repeats, e.g. ["mamba2"] * 3 + ["attention"].
+            these: one per layer, or a pattern that repeats, e.g. ["mamba2"] * 3 + ["attention"]. None in a list: that
+            block is its feed-forward part alone.
         mlp: the feed-forward part of each block: a name from `statewise.blocks.names()` with options, such as
             {"name": "moe", "hidden": 512, "n_experts": 8, "top_k": 2}, None for none, or a list of these as in `mixer`.
         d_intermediate: hidden width of a gated MLP in each block, rounded up to a multiple of 128; short for `mlp`.
@@ -94,8 +96,8 @@ class LanguageModel(CausalLM):
         d_model: int,
         n_layer: int,
         *,
-        mixer: MixerSpec | Sequence[MixerSpec] = "mamba2",
-        mlp: PartSpec | Sequence[PartSpec] = None,
+        mixer: Spec | Sequence[Spec] = "mamba2",
+        mlp: Spec | Sequence[Spec] = None,
         d_intermediate: int = 0,
         tie_embeddings: bool = True,
         residual_in_fp32: bool = True,
@@ -134,25 +136,27 @@ class LanguageModel(CausalLM):
         self.residual_in_fp32 = residual_in_fp32
         specs, parts = self.specs()
         self.layers = nn.ModuleList()
-        for spec, part in zip(specs, parts):
-            options = {k: v for k, v in spec.items() if k != "name"}
-            built = mixers.create(spec["name"], d_model, **options)
-            if not isinstance(built, CausalMixer):
-                raise ValueError(f"mixer: {spec['name']!r} is not causal, so it cannot model language left to right")
+        for i, (spec, part) in enumerate(zip(specs, parts)):
+            if spec is None and part is None:
+                raise ValueError(f"mixer: layer {i} has neither a mixer nor a feed-forward part; want one or both")
+            mixing = None if spec is None else _causal(d_model=d_model, **spec)
             feed = None if part is None else blocks.create(d_model=d_model, **part)
             self.layers.append(
                 blocks.ResidualBlock(
-                    d_model, built, feed, norm_eps=norm_eps, norm_offset=norm_offset, scale=residual_scale
+                    d_model, mixing, feed, norm_eps=norm_eps, norm_offset=norm_offset, scale=residual_scale
                 )
             )
-        self._finish(RMSNorm(d_model, norm_eps, norm_offset), len(specs) + sum(part is not None for part in parts))
+        residuals = sum(spec is not None for spec in [*specs, *parts])
+        self._finish(RMSNorm(d_model, norm_eps, norm_offset), residuals)
 
-    def specs(self) -> tuple[list[dict[str, Any]], list[dict[str, Any] | None]]:
-        """For each layer its mixer, and its feed-forward part or None, as {"name": ..., **options}."""
-        config = self.config
-        mixer, n_layer, hidden = config["mixer"], config["n_layer"], config["d_intermediate"]
-        parts = part_list({"name": "gated", "hidden": hidden} if hidden else config["mlp"], n_layer)
-        return (mixer_list(mixer, n_layer) if n_layer else []), parts
+    def specs(self) -> tuple[list[dict[str, Any] | None], list[dict[str, Any] | None]]:
+        """For each layer its mixer and its feed-forward part, as {"name": ..., **options} or None."""
+        config, n_layer = self.config, self.config["n_layer"]
+        if not n_layer:
+            return [], []
+        hidden = config["d_intermediate"]
+        mlp = {"name": "gated", "hidden": hidden} if hidden else config["mlp"]
+        return spec_list("mixer", config["mixer"], n_layer), spec_list("mlp", mlp, n_layer)
 
     @property
     def blocks(self) -> list[blocks.ResidualBlock]:

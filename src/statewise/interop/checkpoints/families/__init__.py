@@ -15,6 +15,10 @@ MODULES = {
     "bamba": "bamba",
     "granitemoehybrid": "granitemoehybrid",
     "jamba": "jamba",
+    "zamba2": "zamba2",
+    "falcon_h1": "falcon_h1",
+    "nemotron_h": "nemotron_h",
+    "recurrent_gemma": "recurrent_gemma",
 }
 
 

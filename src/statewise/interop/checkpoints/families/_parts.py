@@ -69,7 +69,8 @@ def write_attention(config: Config) -> Config:
 
 def read_mamba2(fields: Fields) -> Config:
     width, heads = fields.integer("hidden_size"), fields.integer("mamba_n_heads", 128)
-    inner = int(fields.number("mamba_expand", 2, above=0) * width)
+    # Falcon-H1 says the inner width itself.
+    inner = fields.integer("mamba_d_ssm", int(fields.number("mamba_expand", 2, above=0) * width))
     head_dim = fields.get("mamba_d_head", "auto")
     head_dim = inner // heads if head_dim == "auto" else fields.integer("mamba_d_head")
     if heads * head_dim != inner:
@@ -91,11 +92,15 @@ def write_mamba2(config: Config) -> Config:
     if not has(config, "mixer", "mamba2"):
         return {"mamba_n_heads": 1, "mamba_d_head": "auto"}
     mixer = first(config, "mixer", "mamba2")
+    return {"mamba_expand": mixer["expand"], **mamba2_fields(mixer, config["d_model"])}
+
+
+def mamba2_fields(mixer: Config, d_model: int) -> Config:
+    """All but the expansion."""
     return {
         "mamba_d_state": mixer["d_state"],
-        "mamba_expand": mixer["expand"],
         "mamba_d_head": mixer["head_dim"],
-        "mamba_n_heads": int(mixer["expand"] * config["d_model"]) // mixer["head_dim"],
+        "mamba_n_heads": int(mixer["expand"] * d_model) // mixer["head_dim"],
         "mamba_n_groups": mixer["n_groups"],
         "mamba_d_conv": mixer["d_conv"],
         **time_step_limit(mixer["dt_limit"]),
@@ -123,6 +128,12 @@ def write_common(config: Config) -> Config:
     }
 
 
-def mixers_of(config: Config) -> list[str]:
-    """The name of each layer's mixer."""
-    return [layer["mixer"]["name"] for layer in config["layers"]]
+def rope_parameters(attention: Config) -> Config:
+    """Rotary positions as transformers 5 writes them."""
+    part = attention["rope_dim"] / attention["head_dim"]
+    return {"rope_type": "default", "rope_theta": attention["rope_theta"], "partial_rotary_factor": part}
+
+
+def mixers_of(config: Config) -> list[str | None]:
+    """The name of each layer's mixer, None where there is none."""
+    return [layer["mixer"] and layer["mixer"]["name"] for layer in config["layers"]]
