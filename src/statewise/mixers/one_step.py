@@ -78,7 +78,9 @@ class OneStep(CausalMixer):
 
     def _look_up(self, norm: nn.Module | None) -> _Lookup:
         made = None
-        if all(type(m) in _KNOWN for m in _parts(self, norm)) and (norm is None or isinstance(norm, RMSNorm)):
+        if all(type(m) in _KNOWN for m in _parts(self, norm)) and (
+            norm is None or (isinstance(norm, RMSNorm) and norm.offset == 0)
+        ):
             made = self._layer(None if norm is None else (norm.weight, norm.eps))
         return _Lookup(self, norm, made)
 
