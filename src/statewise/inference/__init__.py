@@ -5,13 +5,30 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_PLACES = {"bits_per_token": "evaluate", "generate": "generate", "load_run": "runs", "sample": "generate"}
+_PLACES = {
+    "Context": "reading",
+    "DONE": "generation",
+    "DraftModel": "speculative",
+    "Generation": "generation",
+    "Guess": "speculative",
+    "NGram": "speculative",
+    "Sampling": "sampling",
+    "bits_per_token": "evaluate",
+    "generate": "generation",
+    "load_run": "runs",
+    "min_p": "sampling",
+    "read": "reading",
+    "repetition_penalty": "sampling",
+    "sample": "sampling",
+    "temperature": "sampling",
+    "top_k": "sampling",
+    "top_p": "sampling",
+}
 
 __all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        # Each name is a function; `generate` hides the module of the same name, which nobody needs.
         return getattr(import_module(f"{__name__}._{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
