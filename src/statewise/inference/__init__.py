@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
+    "Bytes": "text",
     "Context": "reading",
     "DONE": "generation",
     "DraftModel": "speculative",
@@ -13,14 +14,18 @@ _PLACES = {
     "Guess": "speculative",
     "NGram": "speculative",
     "Sampling": "sampling",
+    "TextGeneration": "text",
+    "Vocabulary": "text",
     "bits_per_token": "evaluate",
     "generate": "generation",
+    "generate_text": "text",
     "load_run": "runs",
     "min_p": "sampling",
     "read": "reading",
     "repetition_penalty": "sampling",
     "sample": "sampling",
     "temperature": "sampling",
+    "tokenizer_for": "text",
     "top_k": "sampling",
     "top_p": "sampling",
 }
