@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+# Name -> the file that has it, without the underscore: names such as `generate` would hide a module.
 _PLACES = {
     "Bytes": "text",
     "Context": "reading",
@@ -34,6 +35,8 @@ __all__ = sorted(_PLACES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "store":
+        return import_module(f"{__name__}.store")
     if name in _PLACES:
         return getattr(import_module(f"{__name__}._{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

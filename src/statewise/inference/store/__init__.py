@@ -1,0 +1,21 @@
+"""States of texts that were read, as files: saved, found by prefix, trimmed, compared, shared between processes."""
+
+from __future__ import annotations
+
+from ._directory import Entry, LeafDifference, StateDirectory
+from ._file import Header, StateError, load_context, read_header, save_context
+from ._fingerprint import fingerprint
+from ._store import StateStore
+
+__all__ = [
+    "Entry",
+    "Header",
+    "LeafDifference",
+    "StateDirectory",
+    "StateError",
+    "StateStore",
+    "fingerprint",
+    "load_context",
+    "read_header",
+    "save_context",
+]
