@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +27,16 @@ from .._reading import Context, compact, device_of, fresh_state
 from ._fingerprint import describe, digests, fingerprint
 
 FORMAT = 1
+_T = TypeVar("_T")
 _META, _STATE = "statewise.state", "state."
 
 
 class StateError(ValueError):
     """A state cannot be loaded; the message says which file and why. Nothing was loaded."""
+
+
+class NoState(StateError):
+    """The file is not there; another process may have removed it."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,12 @@ def read_header(path: str | os.PathLike) -> Header:
     Raises:
         StateError: no such file, cut short, another kind of file, another format version, or a damaged header.
     """
-    with _open(path) as file:
-        return _header(path, file)
+
+    def attempt() -> Header:
+        with _open(path) as file:
+            return _header(path, file)
+
+    return _steady(path, attempt)
 
 
 class _open:
@@ -158,8 +167,10 @@ class _open:
             self._file = safe_open(os.fspath(self._path), "pt")
             return self._file.__enter__()
         except FileNotFoundError as error:
-            raise StateError(f"{self._path}: there is no such state file") from error
-        except (SafetensorError, OSError) as error:
+            raise NoState(f"{self._path}: there is no such state file") from error
+        except (SafetensorError, OSError, RuntimeError) as error:
+            if not os.path.exists(self._path):
+                raise NoState(f"{self._path}: is gone") from error
             raise StateError(
                 f"{self._path}: is not a whole safetensors file ({error}): it was cut short or is of another format"
             ) from error
@@ -200,11 +211,42 @@ def read_tensors(
     Raises:
         StateError: as `read_header`, or damaged numbers.
     """
+    return _steady(path, lambda: _read_tensors(path, expect))
+
+
+def _steady(path: str | os.PathLike, attempt: Callable[[], _T]) -> _T:
+    """`attempt`, and again if it failed while another process removed the file and wrote it once more.
+
+    The library opens a file by its name several times: header and numbers may then be those of two files.
+    """
+    while True:
+        before = _identity(path)
+        try:
+            return attempt()
+        except NoState:
+            raise
+        except StateError:
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int, int] | None:
+    try:
+        facts = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _read_tensors(path: str | os.PathLike, expect: Callable[[Header], None] | None) -> tuple[Header, dict[str, Tensor]]:
     with _open(path) as file:
         header = _header(path, file)
         if expect is not None:
             expect(header)
-        tensors = {name: file.get_tensor(name) for name in header.digests}
+        try:
+            tensors = {name: file.get_tensor(name) for name in header.digests}
+        except (OSError, RuntimeError) as error:
+            raise StateError(f"{path}: cannot be mapped: {error}") from error
     for name, digest in digests(tensors).items():
         if digest != header.digests[name]:
             raise StateError(f"{path}: {name} was changed after it was written (its hash is another)")

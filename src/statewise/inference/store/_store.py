@@ -16,7 +16,7 @@ from torch import Tensor
 from .._checks import at_least
 from .._reading import CHUNK, Context, Progress, as_tokens, check_vocabulary, read
 from ._directory import Entry, StateDirectory
-from ._file import StateError, key_of, load_context, pack, prefix_keys, read_header, write
+from ._file import NoState, StateError, key_of, load_context, pack, prefix_keys, read_header, write
 from ._fingerprint import fingerprint
 
 
@@ -101,9 +101,10 @@ class StateStore(StateDirectory):
                 continue
             try:
                 return self.load(entry)
+            except NoState:
+                continue  # another process has made room in the meantime
             except StateError as error:
-                if entry.path.exists():  # else another process has removed it, which is no fault
-                    warnings.warn(f"passed over: {error}", stacklevel=2)
+                warnings.warn(f"passed over: {error}", stacklevel=2)
         return None
 
     def read(
