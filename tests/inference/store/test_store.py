@@ -12,8 +12,7 @@ import torch
 
 from statewise import deterministic, state
 from statewise.inference import Context, generate, read
-from statewise.inference.store import StateDirectory, StateError, StateStore, load_context, save_context
-from statewise.inference.store._directory import difference
+from statewise.inference.store import StateDirectory, StateError, StateStore, difference, load_context, save_context
 from statewise.testing import assert_agree
 
 from ..conftest import V, make_model

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ._directory import Entry, LeafDifference, StateDirectory
-from ._file import Header, StateError, load_context, read_header, save_context
+from ._directory import Entry, LeafDifference, StateDirectory, difference
+from ._file import Header, StateError, load_context, read_header, read_tensors, save_context
 from ._fingerprint import fingerprint
 from ._store import StateStore
 
@@ -14,8 +14,10 @@ __all__ = [
     "StateDirectory",
     "StateError",
     "StateStore",
+    "difference",
     "fingerprint",
     "load_context",
     "read_header",
+    "read_tensors",
     "save_context",
 ]
