@@ -5,13 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import user_errors
 from .options import Options
-
-if TYPE_CHECKING:
-    from ..inference import Context, TextGeneration
 
 
 def load_byte_model(path: str) -> Any:
@@ -70,13 +67,14 @@ def generate_text(
     with user_errors():
         from ..inference import generate_text as start
         from ..inference import load_run, tokenizer_for
+        from .keeping import keeper
 
         model = load_run(run_dir)
         tokenizer = tokenizer_for(model, run_dir)
-        keeper = _keeper(state, model, tokenizer, chunk, checkpoint_every)
+        kept = keeper(state, model, tokenizer, chunk, checkpoint_every)
         texts = _texts(prompt, prompts_file, default=None if state else "\n")
         run = start(
-            model, tokenizer, keeper.begin(texts), tokens,
+            model, tokenizer, kept.begin(texts), tokens,
             stop=stop, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
             repetition_penalty=repetition_penalty, seed=seed, chunk=chunk, draft=_draft(draft, ngram, guesses),
         )  # fmt: skip
@@ -84,7 +82,7 @@ def generate_text(
     _show(run, texts, stream=stream and len(texts) < 2)
     seconds = time.monotonic() - began
     with user_errors():
-        keeper.end(run)
+        kept.end(run)
     if sys.stderr.isatty():
         print(_summary(run, seconds), file=sys.stderr)
     return 0
@@ -115,77 +113,10 @@ def _draft(model: str | None, ngram: int, guesses: int) -> Any:
     return NGram(ngram, guesses) if ngram else None
 
 
-# ---- what --state stands for -----------------------------------------------------------------------------------------
-
-
-class _Nothing:
-    """No state is kept."""
-
-    def begin(self, texts: list[str]) -> list[Any]:
-        return list(texts)
-
-    def end(self, run: TextGeneration) -> None:
-        return
-
-
-class _File:
-    """One text in one file: the prompt is appended to it."""
-
-    def __init__(self, path: str, model: Any, tokenizer: Any, chunk: int) -> None:
-        self._path, self._model, self._tokenizer, self._chunk = Path(path), model, tokenizer, chunk
-
-    def begin(self, texts: list[str]) -> list[Any]:
-        from ..inference import read
-        from ..inference.store import load_context
-
-        if len(texts) > 1:
-            raise ValueError(f"--state: a file holds one text, got {len(texts)} prompts; want a directory for them")
-        context: Context | None = load_context(self._model, self._path) if self._path.exists() else None
-        if context is None and not texts:
-            raise ValueError(f"--prompt: want a text to begin {self._path} with")
-        tokens = self._tokenizer.encode(texts[0]) if texts else []
-        return [read(self._model, tokens, context, chunk=self._chunk)]
-
-    def end(self, run: TextGeneration) -> None:
-        from ..inference.store import save_context
-
-        save_context(self._model, run.tokens.context(), self._path)
-
-
-class _Directory:
-    """A store: whatever is known of a prompt's beginning is not read again."""
-
-    def __init__(self, path: str, model: Any, tokenizer: Any, chunk: int, every: int | None) -> None:
-        from ..inference.store import StateStore
-
-        self._store, self._tokenizer, self._chunk, self._every = StateStore(path, model), tokenizer, chunk, every
-
-    def begin(self, texts: list[str]) -> list[Any]:
-        if not texts:
-            raise ValueError("--prompt: want the whole text to continue, whose beginning is then looked up")
-        encoded = [self._tokenizer.encode(text) for text in texts]
-        return [self._store.read(tokens, every=self._every, chunk=self._chunk) for tokens in encoded]
-
-    def end(self, run: TextGeneration) -> None:
-        for row in range(len(run.texts)):
-            self._store.save(run.tokens.context(row))
-
-
-def _keeper(path: str | None, model: Any, tokenizer: Any, chunk: int, every: int | None) -> Any:
-    single = path is not None and path.endswith(".safetensors")
-    if every is not None and (path is None or single):
-        raise ValueError("--checkpoint-every: wants --state with a directory, which can hold several states")
-    if path is None:
-        return _Nothing()
-    if single:
-        return _File(path, model, tokenizer, chunk)
-    return _Directory(path, model, tokenizer, chunk, every)
-
-
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def _show(run: TextGeneration, texts: list[str], *, stream: bool) -> None:
+def _show(run: Any, texts: list[str], *, stream: bool) -> None:
     if stream:
         _write("".join(texts).lstrip("\n"))
         for piece in run:
@@ -205,7 +136,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _summary(run: TextGeneration, seconds: float) -> str:
+def _summary(run: Any, seconds: float) -> str:
     made = sum(map(len, run.tokens.made))
     parts = [f"{made} tokens", f"{made / max(seconds, 1e-9):,.0f} per second"]
     if run.tokens.guessed:
