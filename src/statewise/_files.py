@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,9 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
     """`write(temporary path)`, flush it to the disk, then give it the name `path`.
 
     Whatever happens on the way (a full disk, kill -9, a power cut), what had the name before is still there and whole.
-    What a killed process leaves is `.NAME.PID.tmp` beside it.
+    What a killed process leaves is `.NAME.PID.THREAD.tmp` beside it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         write(str(temporary))
         with open(temporary, "rb+") as file:

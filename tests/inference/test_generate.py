@@ -3,21 +3,13 @@ import math
 import pytest
 import torch
 
-from statewise.inference import bits_per_token, generate, sample
-from statewise.inference._generate import DONE, filter_logits
-from statewise.models.language.stack import LanguageModel
+from statewise import deterministic, state
+from statewise.inference import DONE, bits_per_token, generate, read
+from statewise.testing import assert_agree
 
-MIXERS = ["mamba", "mamba2", "attention", "s4d"]
+from .conftest import make_model as _model
 
-
-def _model(mixer="mamba2"):
-    torch.manual_seed(0)
-    options = {"name": mixer, **({"head_dim": 16} if mixer == "mamba2" else {})}
-    # A tied head would make an untrained model repeat its last token.
-    model = LanguageModel(40, 32, 2, mixer=options, tie_embeddings=False)
-    with torch.no_grad():
-        model.embedding.weight.mul_(30)  # so that logits differ by more than rounding
-    return model.eval()
+MIXERS = ["mamba", "mamba2", "attention", "s4d", "hybrid"]
 
 
 def _rows(steps):
@@ -88,45 +80,44 @@ def test_a_repetition_penalty_forbids_in_the_limit():
     assert len({1, 2, 3, *row}) == 33
 
 
-def test_filters_by_hand():
-    logits = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
-
-    def kept(**options):
-        return torch.isfinite(filter_logits(logits, **options))[0].tolist()
-
-    assert kept() == [True] * 4
-    assert kept(top_k=2) == [True, True, False, False]
-    assert kept(top_k=9) == [True] * 4
-    assert kept(top_p=0.4) == [True, False, False, False]
-    assert kept(top_p=0.7) == [True, True, False, False]
-    assert kept(top_p=0.8) == [True, True, True, False]
-    assert kept(top_p=0.0) == [True, False, False, False]
-    assert kept(min_p=0.4) == [True, True, False, False]
-    assert kept(top_k=3, min_p=0.4) == [True, True, False, False]
-
-
-def test_draws_follow_the_probabilities():
-    logits = torch.tensor([0.6, 0.3, 0.1]).log().expand(20_000, 3)
-    generator = torch.Generator().manual_seed(0)
-    share = sample(logits, generator=generator).bincount(minlength=3) / 20_000
-    # Four standard deviations of a binomial share.
-    assert all(abs(float(s) - p) < 4 * math.sqrt(p * (1 - p) / 20_000) for s, p in zip(share, (0.6, 0.3, 0.1)))
-    assert set(sample(logits, temperature=0, generator=generator).tolist()) == {0}
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", -1), ("top_k", -1), ("top_p", 1.5), ("min_p", -0.1), ("repetition_penalty", 0)],
+    [
+        ("temperature", -1),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 1.5),
+        ("top_p", 0.0),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0),
+        ("seed", -1),
+        ("seed", [1, 2]),
+        ("chunk", 0),
+        ("max_tokens", -1),
+    ],
 )
 def test_bad_options_are_named(option, value):
     with pytest.raises(ValueError, match=option):
-        next(generate(_model(), [[1]], 1, **{option: value}))
+        generate(_model(), [[1]], **{"max_tokens": 1, option: value})
 
 
-@pytest.mark.parametrize("prompts", [[], [[]], [[1], []], torch.zeros(1, 0, dtype=torch.int64)])
-def test_empty_prompts_are_refused(prompts):
-    with pytest.raises(ValueError, match="prompts"):
-        next(generate(_model(), prompts, 1))
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "at least one prompt"),
+        ([[]], "row 0: want at least one token"),
+        ([[1], []], "row 1: want at least one token"),
+        (torch.zeros(1, 0, dtype=torch.int64), "row 0: want at least one token"),
+        ([1, 2], "wrap it"),
+        ([[1], [2, 40]], "row 1: want tokens from 0 to 39, got 40"),
+        ([[-1]], "got -1"),
+        ([[0.5]], "want integers"),
+        (torch.zeros(1, 1, 1, dtype=torch.int64), "want integers"),
+    ],
+)
+def test_prompts_that_will_not_do(prompts, message):
+    with pytest.raises(ValueError, match=f"prompts.*{message}"):
+        generate(_model(), prompts, 1)
 
 
 def test_no_tokens_asked():
@@ -148,3 +139,112 @@ def test_bits_are_those_of_one_forward_pass(mixer, chunk):
 def test_bits_of_one_token():
     with pytest.raises(ValueError, match="tokens"):
         bits_per_token(_model(), torch.zeros(1, dtype=torch.int64))
+
+
+# ---- rows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_rows_are_their_separate_runs_to_the_bit(mixer):
+    """Prompts of other lengths, other seeds, and rows that end earlier change nothing of a row."""
+    model = _model(mixer)
+    prompts, seeds = [[7], [3, 1, 4, 1, 5, 9, 2], [6, 5]], [5, 11, 2]
+    options = {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.1, "logprobs": True}
+    with deterministic():
+        together = generate(model, prompts, 12, seed=seeds, stop=[4, 7], chunk=3, **options)
+        columns = _rows(together)
+        for row, (prompt, seed) in enumerate(zip(prompts, seeds)):
+            alone = generate(model, [prompt], 12, seed=seed, stop=[4, 7], **options)
+            made = _rows(alone)[0]
+            assert columns[row] == made + [DONE] * (len(columns[row]) - len(made))
+            assert together.logprobs[row] == alone.logprobs[0]
+            assert together.made[row] == made
+
+
+def test_rows_that_end_leave_the_batch():
+    model, sizes = _model(), []
+    step = model.step
+    model.step = lambda tokens, state: sizes.append(len(tokens)) or step(tokens, state)
+    ends = {0: 2, 1: 5, 2: 3}
+    run = generate(model, [[1], [2], [3]], 9, seed=0, until=lambda row, made: len(made) == ends[row])
+    assert len(list(run)) == 5
+    assert [len(made) for made in run.made] == [2, 5, 3]
+    assert sizes == [3, 2, 1, 1]
+
+
+def test_one_seed_stands_for_one_after_the_other():
+    model = _model()
+    both = _rows(generate(model, [[1], [1]], 20, seed=4))
+    assert both == [_rows(generate(model, [[1]], 20, seed=s))[0] for s in (4, 5)]
+    assert both[0] != both[1]
+
+
+def test_logprobs_are_those_of_forward():
+    model = _model().double()
+    prompt = [3, 1, 4]
+    run = generate(model, [prompt], 10, temperature=0.5, repetition_penalty=2.0, seed=0, logprobs=True)
+    tokens = [*prompt, *_rows(run)[0]]
+    with torch.no_grad():
+        want = model(torch.tensor([tokens[:-1]]))[0, 2:].log_softmax(-1)
+    got = torch.tensor(run.logprobs[0], dtype=torch.float64)
+    rounding = 32 * torch.finfo(torch.float32).eps  # they are taken in float32
+    assert torch.allclose(got, want.gather(1, torch.tensor(tokens[3:])[:, None])[:, 0], rtol=rounding, atol=rounding)
+    with pytest.raises(ValueError, match="logprobs=True"):
+        _ = generate(model, [prompt], 1).logprobs
+
+
+def test_rules_of_your_own():
+    def even_only(logits, seen):
+        return logits.masked_fill(torch.arange(logits.shape[-1]) % 2 == 1, -torch.inf)
+
+    (row,) = _rows(generate(_model(), [[1]], 30, seed=0, temperature=3.0, rules=[even_only]))
+    assert all(token % 2 == 0 for token in row)
+
+
+# ---- contexts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_going_on_from_a_context_is_going_on(mixer):
+    model = _model(mixer)
+    with deterministic():
+        whole = _rows(generate(model, [[3, 1, 4]], 12, temperature=0))[0]
+        first = generate(model, [[3, 1, 4]], 5, temperature=0)
+        list(first)
+        context = first.context()
+        assert context.tokens.tolist() == [3, 1, 4, *whole[:5]]
+        for _ in range(2):  # a context is not used up
+            assert _rows(generate(model, [context], 7, temperature=0))[0] == whole[5:]
+        more = read(model, whole[5:8], context)
+        again = read(model, [3, 1, 4, *whole[:8]])
+        assert more.tokens.tolist() == again.tokens.tolist()
+        assert torch.equal(more.logits, again.logits)
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state.leaves(more.state), state.leaves(again.state)))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_contexts_and_prompts_in_one_batch(mixer):
+    """Among them rows that have ended, at different lengths: their caches must not keep each other's padding."""
+    model = _model(mixer)
+    with deterministic():
+        context = read(model, [3, 1, 4, 1, 5, 9, 2, 6])
+        run = generate(model, [[7], context, [2, 2, 2]], 9, temperature=0, stop=[11, 14])
+        rows = _rows(run)
+        for b, prompt in enumerate([[7], [3, 1, 4, 1, 5, 9, 2, 6], [2, 2, 2]]):
+            alone = generate(model, [prompt], 9, temperature=0, stop=[11, 14])
+            made = _rows(alone)[0]
+            assert rows[b][: len(made)] == made
+            got, want = run.context(b), alone.context()
+            assert torch.equal(got.tokens, want.tokens)
+            assert torch.equal(got.logits, want.logits)
+            for (name, x), (_, y) in zip(state.leaves(got.state), state.leaves(want.state)):
+                assert torch.equal(x, y), name
+
+
+def test_a_context_before_anything_was_made():
+    model = _model()
+    for count in (0, 3):
+        run = generate(model, [[1, 2], [3]], count, seed=0)
+        context = run.context(1)
+        assert context.tokens.tolist() == [3]
+        assert_agree(context.logits, read(model, [3]).logits, "logits")

@@ -17,6 +17,7 @@ from .errors import Interrupted, UserError
 COMMANDS = {
     "run": ("run", "train by a recipe (language.bytes if none is named), or go on with a run"),
     "generate": ("generate", "continue a text with a trained model"),
+    "states": ("states", "list, show, trim, compare, fork and remove stored states"),
     "evaluate": ("evaluate", "bits per byte of a text under a trained model, beside baselines"),
     "convert": ("convert", "write a checkpoint in another format: ours, of transformers, of mamba_ssm"),
     "list": ("listing", "models, mixers and recipes"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 import shutil
 import textwrap
@@ -81,10 +82,13 @@ class Options:
     def help(self) -> str:
         width = min(shutil.get_terminal_size().columns, 110)
         places = " ".join(n.upper() if n in self.required else f"[{n.upper()}]" for n in self.positional)
-        lines = [" ".join(f"usage: statewise {self.command} {places} [options]".split()), ""]
+        flags = "[options]" if self._keys() else ""
+        lines = [" ".join(f"usage: statewise {self.command} {places} {flags}".split()), ""]
         lines += textwrap.wrap(self.about, width)
         actions = self._actions()
         for title, keys in self.groups:
+            if not keys:
+                continue
             lines += ["", f"{title}:"]
             for key in keys:
                 action = actions[key]
@@ -92,7 +96,7 @@ class Options:
                 default = action.default
                 text = re.sub(r"\s+", " ", action.help or "")
                 text = re.sub(r" \((?:type|default|required).*$", "", text).replace("%%", "%")
-                if default is not None and default != "":
+                if default is not None and default not in ("", []):
                     text += f" [{default!r}]" if isinstance(default, str) and not default.strip() else f" [{default}]"
                 body = textwrap.wrap(text, max(width - INDENT, 30)) or [""]
                 # Two spaces between an option and its text, or the text on the next line.
@@ -138,6 +142,7 @@ class Options:
                     raise UserError(f"{flag}: want a value ({self._kind(name)})")
                 value = rest.pop(0)
             flags.append((flag, name, value))
+        flags = self._collect(flags)
         if len(places) > len(self.positional):
             extra = places[len(self.positional)]
             raise UserError(f"unexpected argument {extra!r} (see statewise {self.command} --help)")
@@ -156,6 +161,20 @@ class Options:
         except ValueError as error:
             raise UserError(str(error)) from error
         return {**self._gather(values), **dict(zip(self.positional, places))}
+
+    def _collect(self, flags: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+        """An option that takes a list of texts is given once for each of them: --prompt A --prompt B."""
+        lists: dict[str, list[str]] = {}
+        out = []
+        for flag, name, value in flags:
+            if self._takes_texts(name):
+                lists.setdefault(name, []).append(value)
+            else:
+                out.append((flag, name, value))
+        return out + [(f"--{name}", name, json.dumps(values)) for name, values in lists.items()]
+
+    def _takes_texts(self, name: str) -> bool:
+        return getattr(self._actions()[name], "_typehint", None) == list[str]
 
     def _check(self, flag: str, name: str, argv: list[str]) -> None:
         try:
@@ -205,5 +224,7 @@ def describe_type(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(str(a) for a in get_args(hint))
     parts = [a for a in get_args(hint) if a is not type(None)] if get_args(hint) else [hint]
+    if hint == list[str]:
+        return "TEXT ..."
     names = {int: "INT", float: "NUMBER", str: "TEXT", bool: "BOOL"}
     return names.get(parts[0], "VALUE")
