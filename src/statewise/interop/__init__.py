@@ -1,0 +1,1 @@
+"""Statewise and other libraries: their file formats, their names, their tools."""
