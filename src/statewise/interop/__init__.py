@@ -1,1 +1,1 @@
-"""Statewise and other libraries: their file formats, their names, their tools."""
+"""Living with other libraries: their checkpoints, their names, their trainers. Acts on the library from outside."""
