@@ -20,8 +20,8 @@ _OF |= {"dtype": ("gguf",), "tokenizer": ("gguf",)}
 
 def export(
     model: str,
-    format: Literal["onnx", "torch-export", "gguf"],
-    out: str,
+    format: Literal["onnx", "torch-export", "gguf"] | None = None,
+    out: str | None = None,
     graphs: str = "forward,extend,step",
     capacity: int | None = None,
     form: Literal["portable", "kernels"] = "portable",
@@ -44,6 +44,8 @@ def export(
         no_check: do not read the result back and compare it with the model
         force: replace what is there
     """
+    if format is None or out is None:
+        raise UserError(f"--{'out' if format else 'format'} is missing (see statewise export --help)")
     asked: dict[str, Any] = {"graphs": graphs, "capacity": capacity, "form": form, "dtype": dtype}
     asked["tokenizer"] = tokenizer
     defaults = {"graphs": "forward,extend,step", "form": "portable"}
@@ -94,8 +96,4 @@ def main(argv: list[str]) -> int:
         print(text)
         return 0
     # A flag stands for itself.
-    given = options.parse([f"{word}=true" if word in FLAGS else word for word in argv])
-    for name in ("format", "out"):
-        if given.get(name) is None:
-            raise UserError(f"--{name} is missing (see statewise export --help)")
-    return export(**given)
+    return export(**options.parse([f"{word}=true" if word in FLAGS else word for word in argv]))

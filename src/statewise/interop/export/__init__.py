@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ._check import ExportError
-from ._graphs import GRAPHS, start_state
 from ._gguf import to_gguf
+from ._graphs import GRAPHS, start_state
 from ._onnx import to_onnx
 from ._pt2 import to_torch_export
 

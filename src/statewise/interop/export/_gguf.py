@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ..._files import write_atomically
 from ...mixers.mamba import Mamba

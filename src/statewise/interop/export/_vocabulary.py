@@ -62,8 +62,8 @@ def _byte_pairs(folder: Path, rows: int) -> Write:
         raise ValueError(f"{path}: is not a tokenizer of Hugging Face: {error!r}") from error
     if kind != "BPE" or pieces != ["ByteLevel"]:
         raise ValueError(
-            f"{path}: want byte-level BPE as in GPT-2 and GPT-NeoX, got {kind} after {' and '.join(pieces) or 'nothing'}; "
-            "leave the tokenizer out for a file that takes token numbers"
+            f"{path}: want byte-level BPE as in GPT-2 and GPT-NeoX, got {kind} after "
+            f"{' and '.join(pieces) or 'nothing'}; leave the tokenizer out for a file that takes token numbers"
         )
     if not places or min(places) < 0 or max(places) >= rows:
         raise ValueError(f"{path}: want tokens from 0 to {rows - 1}, the rows of the embedding, got {_range(places)}")
