@@ -1,12 +1,15 @@
-"""One small model with every kind of layer, and what it must give."""
+"""Small models, and what they must give."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from statewise.interop.export import _folder, _graphs
+from statewise.interop.export._graphs import Graph
 from statewise.models.language import LanguageModel
 
 VOCAB, WIDTH = 40, 16
@@ -46,5 +49,19 @@ def greedy(model: LanguageModel, prompt: torch.Tensor, count: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def everything() -> LanguageModel:
-    return build(*LAYERS)
+def mixed() -> LanguageModel:
+    """Each way in which a state is exported: real, complex, and a cache that grows."""
+    return build("mamba", "s4d", "attention")
+
+
+@pytest.fixture(scope="session")
+def traced(mixed) -> Callable[..., Graph]:
+    """`build` for the mixed model. Tracing takes most of an export, and both formats begin with the same programs."""
+    model = _folder.plain_copy(mixed)
+    made = {kind: _graphs.build(model, kind) for kind in ("extend", "step")}
+
+    def build_again(model: LanguageModel, kind: str, *, capacity: int | None = None, portable: bool = True) -> Graph:
+        assert (capacity, portable, model.config) == (None, True, mixed.config)
+        return made[kind]
+
+    return build_again

@@ -7,12 +7,16 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("gguf", reason="gguf is not installed: pip install statewise[gguf]")
-
 from statewise.interop.export import ExportError, _folder, _gguf, to_gguf
 from statewise.models.language import LanguageModel
 
 from .conftest import build, greedy, tokens
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _library():
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install statewise[gguf]")
+
 
 MODELS = {
     "mamba": ({"name": "mamba", "d_state": 8}, {}),
@@ -114,7 +118,7 @@ def test_byte_pairs(tmp_path, llama, tokenizer):
 
 
 def test_tokenizers_that_will_not_do(tmp_path, tokenizer):
-    folder, made = tokenizer
+    folder, _ = tokenizer
     out = tmp_path / "model.gguf"
     with pytest.raises(ValueError, match="want tokens from 0 to 249"):
         to_gguf(small("mamba"), out, tokenizer=folder, check=False)

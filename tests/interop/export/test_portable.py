@@ -44,7 +44,8 @@ def run(name: str, inputs: dict[str, Any], state: Any) -> Any:
     from statewise.ops.lti import _forward  # the operator is what compilers see
 
     given = {"D": None, "conjugate": True, "state": state, "position": None, "valid": None, "algorithm": None, **inputs}
-    return _forward(*(given[k] for k in "u log_a b c D state position valid conjugate algorithm".split()))
+    order = ("u", "log_a", "b", "c", "D", "state", "position", "valid", "conjugate", "algorithm")
+    return _forward(*(given[name] for name in order))
 
 
 @pytest.mark.parametrize("decay", ["slow", "mixed", "fast"])

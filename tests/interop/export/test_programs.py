@@ -11,30 +11,44 @@ import pytest
 import torch
 from torch import nn
 
-from statewise.interop.export import ExportError, _check, _folder, _portable, to_torch_export
-from statewise.interop.export._pt2 import runner
+from statewise.interop.export import (
+    ExportError,
+    _check,
+    _folder,
+    _graphs,
+    _portable,
+    _pt2,
+    start_state,
+    to_torch_export,
+)
 from statewise.ops import use_backend
 
 from .conftest import LENGTHS, build, greedy, tokens
 
 
+GRAPHS = ("extend", "step")
+
+
 @pytest.fixture(scope="module")
-def folder(everything, tmp_path_factory):
+def folder(mixed, traced, tmp_path_factory):
     out = tmp_path_factory.mktemp("programs") / "out"
-    errors = to_torch_export(everything, out)
-    assert set(errors) == {"forward", "extend", "step"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_pt2, "build", traced)
+        errors = to_torch_export(mixed, out, graphs=GRAPHS)
+    assert set(errors) == set(GRAPHS)
     assert max(errors.values()) <= 1e-4
     return out
 
 
-def test_every_length(everything, folder):
-    run = runner(folder, ["forward"])
+def test_every_length(mixed, folder):
+    run = _pt2.runner(folder, ["extend"])
     for length in LENGTHS:
-        x = tokens(2, length)
-        assert _check.relative_error(run("forward", x, {})[0], everything(x)) <= 1e-4
+        x, start = tokens(2, length), start_state(mixed, 2)
+        logits, _ = run("extend", x, _graphs.flat(start))
+        assert _check.relative_error(logits, mixed(x)) <= 1e-4
 
 
-def test_a_process_without_statewise_continues_a_text(everything, folder):
+def test_a_process_without_statewise_continues_a_text(mixed, folder):
     prompt, count = tokens(1, 37), 12
     script = f"""
         import json, sys, torch
@@ -57,21 +71,20 @@ def test_a_process_without_statewise_continues_a_text(everything, folder):
         [sys.executable, "-c", textwrap.dedent(script)], cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == greedy(everything, prompt, count)
+    assert json.loads(done.stdout) == greedy(mixed, prompt, count)
 
 
-def test_the_description(everything, folder):
+def test_the_description(mixed, folder):
     about = json.loads((folder / "export.json").read_text())
     assert about["format"] == "torch-export"
-    assert about["config"].items() >= everything.config.items()
+    assert about["config"].items() >= mixed.config.items()
     ports = {p["name"]: p for p in about["graphs"]["extend"]["inputs"]}
     assert ports["tokens"] == {"name": "tokens", "dtype": "int64", "shape": ["batch", "length"]}
     assert ports["layers.0.ssm"]["shape"] == ["batch", 32, 4]
-    assert ports["layers.2"]["shape"] == ["batch", 16, 4, 2]  # complex: pairs
-    assert ports["layers.4.k"]["shape"] == ["batch", "cache", 1, 8]
-    assert ports["layers.5.k"]["shape"] == ["batch", 4, 2, 8]  # a window of 5 looks back on 4
+    assert ports["layers.1"]["shape"] == ["batch", 16, 4, 2]  # complex: pairs
+    assert ports["layers.2.k"]["shape"] == ["batch", "cache", 1, 8]
     new = {p["name"]: p["shape"] for p in about["graphs"]["extend"]["outputs"]}
-    assert sorted(new["layers.4.k"][1].split(" + ")) == ["cache", "length"]
+    assert sorted(new["layers.2.k"][1].split(" + ")) == ["cache", "length"]
     for file in folder.glob("*.pt2"):
         assert str(_folder.__file__).encode() not in file.read_bytes()
 

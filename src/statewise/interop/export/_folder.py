@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ... import _version
 from ..._names import unknown
@@ -31,7 +32,7 @@ def require(extra: str, *modules: str) -> None:
 
 
 def checked(model: Any, graphs: Sequence[str], capacity: int | None) -> Any:
-    """The model on the CPU, in float32 and eval mode; a copy where it is not so already."""
+    """The model as programs are made from: see `plain_copy`."""
     if not isinstance(model, Causal) or not hasattr(model, "vocab_size"):
         raise TypeError(f"export: model: want a causal language model, got {type(model).__name__}")
     for name in graphs:
@@ -50,10 +51,11 @@ def checked(model: Any, graphs: Sequence[str], capacity: int | None) -> Any:
 
 
 def plain_copy(model: Any) -> Any:
-    """`model` itself if it is in eval mode, in float32 and on the CPU, else a copy that is."""
-    tensors = [*model.parameters(), *model.buffers()]
-    fits = all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.int64, torch.bool) for t in tensors)
-    return model if fits and not model.training else copy.deepcopy(model).to("cpu", torch.float32).eval()
+    """The model in eval mode, in float32 and on the CPU, without gradients. It shares what tensors it can."""
+    # A program whose weights want gradients would trace its scans anew on every call.
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(b): b.detach() for b in model.buffers()}
+    return copy.deepcopy(model, shared).to("cpu", torch.float32).eval()
 
 
 def describe(model: Any) -> dict[str, Any]:
