@@ -63,8 +63,8 @@ def export(
             errors = _writer(format)(built, out, check=not no_check, force=force, say=_say, **options)
         except (ImportError, NotImplementedError, ExportError) as error:
             raise UserError(str(error)) from error
-    for name, error in errors.items():
-        print(f"{name}: relative error {error:.1e}")
+    for name, difference in errors.items():
+        print(f"{name}: relative error {difference:.1e}")
     print(f"wrote {out}" + ("" if errors else ", not checked"))
     return 0
 
@@ -80,7 +80,8 @@ def _load(model: str) -> Any:
 def _writer(format: str) -> Callable:
     from ..interop import export as interop
 
-    return {"onnx": interop.to_onnx, "torch-export": interop.to_torch_export, "gguf": interop.to_gguf}[format]
+    writers: dict[str, Callable] = {"onnx": interop.to_onnx, "torch-export": interop.to_torch_export}
+    return writers.get(format, interop.to_gguf)
 
 
 def _say(text: str) -> None:

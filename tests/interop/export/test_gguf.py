@@ -35,7 +35,7 @@ def small(name: str, vocab: int = 250) -> LanguageModel:
 @pytest.fixture
 def llama():
     """Opens a file in llama.cpp."""
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install statewise[gguf]")
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     from statewise.interop.export._llama import Llama
 
     return Llama
@@ -178,4 +178,8 @@ def test_what_cannot_be_asked(tmp_path, monkeypatch):
         to_gguf(model, out, dtype="f16", force=True, check=False)
     monkeypatch.setattr(_folder, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"gguf.*pip install statewise\[gguf\]"):
+        to_gguf(model, out, force=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(_gguf, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install llama-cpp-python.*--no-check"):
         to_gguf(model, out, force=True)

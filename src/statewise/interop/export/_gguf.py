@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ..._files import write_atomically
 from ...mixers.mamba import Mamba
@@ -68,26 +70,31 @@ def to_gguf(
         FileExistsError: the file exists.
         ExportError: llama.cpp computes something else. Nothing is written.
     """
-    _folder.require("gguf", "gguf", *(["llama_cpp"] if check else []))
+    _folder.require("gguf", "gguf")
+    if check and find_spec("llama_cpp") is None:
+        raise ImportError(
+            "export: llama_cpp is not installed: pip install llama-cpp-python (it needs a C++ compiler), or write the "
+            "file unchecked, with check=False (--no-check)"
+        )
     target = Path(out)
     architecture(model)  # before anything is written
     if target.is_dir():
         raise IsADirectoryError(f"{target}: want a file for GGUF, such as {target / 'model.gguf'}")
     _folder.refuse_existing(target, force)
-    dtype = dtype or _name_of(model.embedding.weight.dtype)
-    if dtype not in DTYPES:
-        raise ValueError(f"export: dtype: want f32, f16 or bf16, got {dtype!r}")
+    name = dtype or _name_of(model.embedding.weight.dtype)
+    if name not in DTYPES:
+        raise ValueError(f"export: dtype: want f32, f16 or bf16, got {name!r}")
     vocabulary = _vocabulary.read(tokenizer, model.vocab_size, model.embedding.weight.shape[0])
     target.parent.mkdir(parents=True, exist_ok=True)
     errors: dict[str, float] = {}
 
     def write(path: str) -> None:
         say("writing")
-        write_gguf(model, path, dtype, vocabulary)
+        write_gguf(model, path, name, vocabulary)
         if check:
             say("checking in llama.cpp")
             errors.update(_llama.compare(_folder.plain_copy(model), path))
-            _check.demand(errors, _LIMITS[dtype], os.fspath(target))
+            _check.demand(errors, _LIMITS[name], os.fspath(target))
 
     write_atomically(target, write)
     return errors
@@ -99,7 +106,7 @@ def _name_of(dtype: torch.dtype) -> str:
 
 def architecture(model: Any) -> str:
     """ "mamba" or "mamba2"; ValueError if llama.cpp cannot run this model, with everything that stands in the way."""
-    mixers = [getattr(block, "mixer", None) for block in getattr(model, "blocks", [])]
+    mixers: list[Any] = [getattr(block, "mixer", None) for block in getattr(model, "blocks", [])]
     kinds = {type(m) for m in mixers}
     if kinds not in ({Mamba}, {Mamba2}):
         found = ", ".join(sorted(k.__name__ for k in kinds)) or type(model).__name__
@@ -166,7 +173,7 @@ def write_gguf(
     writer.close()
 
 
-def _tensors(model: Any, second: bool, kind: torch.dtype):
+def _tensors(model: Any, second: bool, kind: torch.dtype) -> Iterator[tuple[str, Tensor, torch.dtype]]:
     """(name, tensor, dtype) of everything in the file."""
     yield "token_embd.weight", model.embedding.weight, kind
     yield "output_norm.weight", model.norm_f.weight, torch.float32

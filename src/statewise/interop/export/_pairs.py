@@ -69,7 +69,8 @@ def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any]) ->
     if node.op != "call_function" or any(n not in values for n in node.all_input_nodes):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-    return node.target(*args, **kwargs)
+    call: Any = node.target
+    return call(*args, **kwargs)
 
 
 def _is_complex(value: Any) -> bool:

@@ -70,14 +70,14 @@ def _byte_pairs(folder: Path, rows: int) -> Write:
     unused = gguf.TokenType.UNUSED
     entries = [places.get(i, (f"[PAD{i}]", unused)) for i in range(rows)]
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
+    names = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
 
     def write(writer: Any) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list([text for text, _ in entries])
         writer.add_token_types([kind for _, kind in entries])
-        special.add_to_gguf(writer, quiet=True)
+        names.add_to_gguf(writer, quiet=True)
 
     return write
 
