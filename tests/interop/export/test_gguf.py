@@ -181,5 +181,5 @@ def test_what_cannot_be_asked(tmp_path, monkeypatch):
         to_gguf(model, out, force=True)
     monkeypatch.undo()
     monkeypatch.setattr(_gguf, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install llama-cpp-python.*--no-check"):
+    with pytest.raises(ImportError, match=r"pip install llama-cpp-python.*--no-check"):
         to_gguf(model, out, force=True)

@@ -22,7 +22,7 @@ from ...ops._dt import step_size
 from ...ops.lti.reference import powers
 
 # Positions of a chunk: of matrix products, and of steps written out.
-SSD, LTI, STEPS = 32, 16, 4
+SSD, LTI, STEPS = 32, 16, 8
 
 
 def scan(body: Callable, start: Tensor, inputs: Sequence[Tensor], *constants: Tensor) -> tuple[Tensor, Tensor]:
