@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,6 @@ def to_onnx(
 
 def _prefixed(graph: Graph) -> Graph:
     """Names as in the files: state and new state need two."""
-    from dataclasses import replace
-
     inputs = tuple(replace(p, name=p.name if p.name == "tokens" else f"state.{p.name}") for p in graph.inputs)
     outputs = tuple(replace(p, name=p.name if p.name == "logits" else f"new_state.{p.name}") for p in graph.outputs)
     return replace(graph, inputs=inputs, outputs=outputs)
@@ -146,7 +145,8 @@ class _Weights:
     """One file of tensors for several graphs: what is equal is written once."""
 
     def __init__(self, path: Path):
-        self.path, self.at = path, {}  # type: ignore[var-annotated]
+        self.path = path
+        self.at: dict[bytes, int] = {}  # hash of the content -> where it begins
 
     def keep(self, tensor: Any) -> Any:
         """The tensor as a place in the file."""
