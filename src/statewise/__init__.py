@@ -22,7 +22,19 @@ _LAZY = {
     "list_models": "models",
     "load": "models",
 }
-_MODULES = ("blocks", "inference", "interop", "maths", "mixers", "models", "ops", "recipes", "state", "testing", "training")
+_MODULES = (
+    "blocks",
+    "inference",
+    "interop",
+    "maths",
+    "mixers",
+    "models",
+    "ops",
+    "recipes",
+    "state",
+    "testing",
+    "training",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -123,9 +123,7 @@ def install_shims(*, force: bool = False, allow_pickle: bool = False) -> Shims:
     _settings.allow_pickle = allow_pickle
     if kept:
         names = ", ".join(kept)
-        warnings.warn(
-            f"{names}: really installed, so kept; install_shims(force=True) stands in for them", stacklevel=2
-        )
+        warnings.warn(f"{names}: really installed, so kept; install_shims(force=True) stands in for them", stacklevel=2)
     return Shims(roots, kept)
 
 

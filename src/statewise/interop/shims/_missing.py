@@ -16,7 +16,7 @@ def missing(module: str) -> Callable[[str], Any]:
     ImportError and not AttributeError, because `from module import name` would replace the text of the latter. Names
     with two underscores are looked up by Python itself, which expects AttributeError.
     """
-    package, _, shown = module.partition(".shims.")
+    shown = module.partition(".shims.")[2]
 
     def __getattr__(name: str) -> Any:
         if name.startswith("__"):

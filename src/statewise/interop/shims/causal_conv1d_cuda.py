@@ -32,17 +32,15 @@ def causal_conv1d_fwd(*args: Any) -> Any:
     1.0: silu.  1.1: seq_idx, silu.  1.2: seq_idx, initial_states, final_states_out, silu.
     1.6: seq_idx, initial_states, out, final_states_out, silu, which returns nothing and writes to `out`.
     """
-    lead, rest = args[:3], args[3:]
-    match len(rest):
-        case 1:
-            return causal_conv1d_fwd_function(*lead, None, None, None, *rest)
-        case 2:
-            return causal_conv1d_fwd_function(*lead, rest[0], None, None, rest[1])
-        case 4:
-            return causal_conv1d_fwd_function(*lead, *rest)
-        case 5:
-            seq_idx, initial, out, final, silu = rest
-            out.copy_(causal_conv1d_fwd_function(*lead, seq_idx, initial, final, silu))
+    match args:
+        case (x, weight, bias, silu):
+            return causal_conv1d_fwd_function(x, weight, bias, None, None, None, silu)
+        case (x, weight, bias, seq_idx, silu):
+            return causal_conv1d_fwd_function(x, weight, bias, seq_idx, None, None, silu)
+        case (x, weight, bias, seq_idx, initial, final, silu):
+            return causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial, final, silu)
+        case (x, weight, bias, seq_idx, initial, out, final, silu):
+            out.copy_(causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial, final, silu))
             return None
     raise _unknown("causal_conv1d_fwd", len(args), "4, 5, 7 or 8")
 
@@ -55,19 +53,18 @@ def causal_conv1d_bwd(*args: Any) -> Any:
     1.2: seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu.
     1.6: seq_idx, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, silu; all are written to.
     """
-    lead, rest = args[:4], args[4:]
-    match len(rest):
-        case 2:
-            return causal_conv1d_bwd_function(*lead, None, None, None, rest[0], False, rest[1])[:3]
-        case 3:
-            return causal_conv1d_bwd_function(*lead, rest[0], None, None, rest[1], False, rest[2])[:3]
-        case 6:
-            return causal_conv1d_bwd_function(*lead, *rest)
-        case 8:
-            seq_idx, initial, dfinal, *into, silu = rest
-            want = into[3] is not None
-            found = causal_conv1d_bwd_function(*lead, seq_idx, initial, dfinal, None, want, silu)
-            for target, value in zip(into, found):
+    match args:
+        case (x, weight, bias, dout, dx, silu):
+            return causal_conv1d_bwd_function(x, weight, bias, dout, None, None, None, dx, False, silu)[:3]
+        case (x, weight, bias, dout, seq_idx, dx, silu):
+            return causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, None, None, dx, False, silu)[:3]
+        case (x, weight, bias, dout, seq_idx, initial, dfinal, dx, want, silu):
+            return causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, initial, dfinal, dx, want, silu)
+        case (x, weight, bias, dout, seq_idx, initial, dfinal, dx, dweight, dbias, dinitial, silu):
+            found = causal_conv1d_bwd_function(
+                x, weight, bias, dout, seq_idx, initial, dfinal, None, dinitial is not None, silu
+            )
+            for target, value in zip((dx, dweight, dbias, dinitial), found):
                 if target is not None and value is not None:
                     target.copy_(value)
             return None
@@ -81,11 +78,12 @@ def causal_conv1d_update(*args: Any) -> Any:
     1.0: silu.  1.4: silu, cache_seqlens.  1.5: silu, cache_seqlens, conv_state_indices.
     1.6: out, silu, cache_seqlens, conv_state_indices, which returns nothing and writes to `out`.
     """
-    lead, rest = args[:4], args[4:]
-    match len(rest):
-        case 1 | 2 | 3:
-            return causal_conv1d_update_function(*lead, *rest)
-        case 4:
-            rest[0].copy_(causal_conv1d_update_function(*lead, *rest[1:]))
-            return None
+    match args:
+        case (x, state, weight, bias, silu, *ring):
+            if len(ring) < 3:
+                return causal_conv1d_update_function(x, state, weight, bias, silu, *ring)
+            if len(ring) == 3:
+                out, (silu, cache_seqlens, indices) = silu, ring
+                out.copy_(causal_conv1d_update_function(x, state, weight, bias, silu, cache_seqlens, indices))
+                return None
     raise _unknown("causal_conv1d_update", len(args), "5, 6, 7 or 8")

@@ -25,6 +25,4 @@ def bwd(
     dout: Tensor, x: Tensor | None, delta_softplus: bool, nrows: int = 1,
 ) -> list[Tensor | None]:  # fmt: skip
     """[du, ddelta, dA, dB, dC, dD, ddelta_bias]."""
-    return selective_scan_cuda.bwd(
-        u, delta, A, B, C, D, None, delta_bias, dout, x, None, None, delta_softplus, False
-    )
+    return selective_scan_cuda.bwd(u, delta, A, B, C, D, None, delta_bias, dout, x, None, None, delta_softplus, False)

@@ -55,7 +55,7 @@ def create_block(
     if d_intermediate:
         mlp = partial(GatedMLP, hidden_features=d_intermediate, out_features=d_model, **options)
     block = Block(d_model, mixer, mlp, norm, fused_add_norm, residual_in_fp32)
-    block.layer_idx = layer_idx
+    block.layer_idx = layer_idx  # type: ignore[assignment]
     return block
 
 
@@ -74,7 +74,7 @@ def _init_weights(
             if name in ("out_proj.weight", "fc2.weight"):
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
                 with torch.no_grad():
-                    parameter /= math.sqrt(n_residuals_per_layer * n_layer)
+                    parameter.div_(math.sqrt(n_residuals_per_layer * n_layer))
 
 
 class MixerModel(nn.Module):
@@ -97,7 +97,8 @@ class MixerModel(nn.Module):
             )
             for i in range(n_layer)
         )  # fmt: skip
-        self.norm_f = (RMSNorm if rms_norm else nn.LayerNorm)(d_model, eps=norm_epsilon, **options)
+        norm: Any = RMSNorm if rms_norm else nn.LayerNorm
+        self.norm_f = norm(d_model, eps=norm_epsilon, **options)
         branches = 2 if d_intermediate else 1
         self.apply(partial(_init_weights, n_layer=n_layer, n_residuals_per_layer=branches, **(initializer_cfg or {})))
 

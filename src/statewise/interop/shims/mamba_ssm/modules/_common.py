@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 
-
 def depthwise(channels: int, width: int, bias: bool, **options: Any) -> nn.Conv1d:
     """The module that holds the convolution's parameters; the mixers compute with `statewise.ops.short_conv`."""
     return nn.Conv1d(channels, channels, width, groups=channels, padding=width - 1, bias=bias, **options)

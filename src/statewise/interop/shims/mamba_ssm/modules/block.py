@@ -55,7 +55,7 @@ class Block(nn.Module):
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **options)
 
 
-def add_norm(owner: Any, norm: nn.Module, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def add_norm(owner: Any, norm: Any, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norm of the sum, and the sum; `owner` has the options of a Block."""
     if owner.fused_add_norm:
         return layer_norm_fn(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from .....maths.initialisers import inverse_softplus_dt
 from .....ops._dt import decay_rate
-from ...causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from ...causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
 from ..._adapt import UNLIMITED
 from ..._missing import missing
+from ...causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from ...causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
 from ..ops.triton.layernorm_gated import RMSNorm as RMSNormGated
 from ..ops.triton.selective_state_update import selective_state_update
 from ..ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
@@ -149,9 +151,7 @@ class Mamba2(Cached, nn.Module):
         if hidden_states.shape[1] != 1:
             raise ValueError(f"Mamba2.step: hidden_states: want (B, 1, D), got {tuple(hidden_states.shape)}")
         z0, x0, z, xbc, dt = self._split(self.in_proj(hidden_states[:, 0]))
-        xbc = causal_conv1d_update(
-            xbc, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation
-        )
+        xbc = causal_conv1d_update(xbc, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
         x, B, C = self._heads(xbc)
         if self.dt_limit != UNLIMITED:  # the interface of one step has no limits
             dt = nn.functional.softplus(dt + self.dt_bias).clamp(*self.dt_limit)

@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 
 from .....maths.initialisers import inverse_softplus_dt
 from .....ops._dt import decay_rate
-from ...causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from ..._missing import missing
+from ...causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from ..ops.selective_scan_interface import (
     bimamba_inner_fn,
     mamba_inner_fn,

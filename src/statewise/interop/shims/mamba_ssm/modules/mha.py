@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from ...causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from ..._missing import missing
+from ...causal_conv1d import causal_conv1d_fn, causal_conv1d_update
 from ._common import depthwise, last_inputs
 
 __all__ = ["MHA"]

@@ -101,7 +101,8 @@ def _inner(
 ) -> Tensor:  # fmt: skip
     """What the inner functions have in common: y (B, L, D), before the output projection."""
     x, z = xz.transpose(1, 2).chunk(2, -1)
-    x, _ = short_conv(x, *fit(x, conv1d_weight.squeeze(1), conv1d_bias), "silu")
+    weight, bias = fit(x, conv1d_weight.squeeze(1), conv1d_bias)
+    x, _ = short_conv(x, weight, bias, "silu")
     rank, width = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
     projected = linear(x, x_proj_weight)
     delta = linear(projected[..., :rank], delta_proj_weight)
@@ -114,8 +115,8 @@ def _inner(
     u, delta, gate = (t.transpose(1, 2) for t in (x, delta, z))
     y, _ = scan(u, delta, A, B, C, D, gate, delta_bias, delta_softplus)
     if A_b is not None:
-        backwards = (t.flip(-1) if t.ndim > 2 else t for t in (B, C))
-        y_b, _ = scan(u.flip(-1), delta.flip(-1), A_b, *backwards, D, gate.flip(-1), delta_bias, delta_softplus)
+        B, C = (t.flip(-1) if t.ndim > 2 else t for t in (B, C))
+        y_b, _ = scan(u.flip(-1), delta.flip(-1), A_b, B, C, D, gate.flip(-1), delta_bias, delta_softplus)
         y = y + y_b.flip(1)
     return y
 

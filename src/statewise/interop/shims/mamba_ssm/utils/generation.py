@@ -86,9 +86,7 @@ def modify_logit_for_repetition_penalty(
     return logits.scatter_(1, prev_output_tokens, score)
 
 
-def sample(
-    logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0, temperature: float = 1.0
-) -> Tensor:
+def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0, temperature: float = 1.0) -> Tensor:
     """A token for each row of logits (B, V). top_k = 1 is greedy, 0 has no limit; top_p applies to what it leaves.
 
     min_p, a share of the largest logit of the first token, applies where top_k is 0, and then top_p does not.

@@ -58,7 +58,7 @@ def layer_norm_fn(
         bias = None if bias is None else bias.to(total.dtype)
         return layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias, eps).to(x.dtype)
 
-    results = [norm(weight, bias)]
+    results: list[Tensor | None] = [norm(weight, bias)]
     if weight1 is not None:
         results.append(norm(weight1, bias1))
     if prenorm:
@@ -131,10 +131,8 @@ class RMSNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False
-    ):
+    def forward(self, x: Tensor, residual: Tensor | None = None, prenorm: bool = False, residual_in_fp32: bool = False):
         return rms_norm_fn(
-            x, self.weight, self.bias, residual, eps=self.eps, dropout_p=self.dropout_p if self.training else 0.0,
+            x, self.weight, None, residual, eps=self.eps, dropout_p=self.dropout_p if self.training else 0.0,
             prenorm=prenorm, residual_in_fp32=residual_in_fp32,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The outputs of each chunk from its own positions and the state before it, in plain PyTorch (see `ssd_chunk_state`)."""
+"""The outputs of each chunk from its positions and the state before it, in plain PyTorch (see `ssd_chunk_state`)."""
 
 from __future__ import annotations
 

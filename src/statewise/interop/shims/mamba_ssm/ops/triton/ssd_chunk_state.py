@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def chunk_state_varlen(
     size = dt.shape[-1]
     borders = cu_seqlens.tolist()
     states = []
-    for start, end in zip(borders, borders[1:]):
+    for start, end in pairwise(borders):
         if start == end:
             states.append(torch.zeros_like(chunk_states[0]))
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,14 +82,12 @@ def _state_of_each(x, dt, A, B, C, dt_bias, cu_seqlens, initial_states, dt_softp
             "mamba_chunk_scan_combined: cu_seqlens: want the borders of the sequences of a single row for "
             f"return_varlen_states, got {'None' if cu_seqlens is None else f'{x.shape[0]} rows'}"
         )
-    borders = cu_seqlens.tolist()
     states = []
-    for first, (start, end) in zip([True] + [False] * len(borders), zip(borders, borders[1:])):
+    before = initial_states  # of the first sequence
+    for start, end in pairwise(cu_seqlens.tolist()):
         x_, dt_, B_, C_ = (t[:, start:end] for t in (x, dt, B, C))
-        before = initial_states if first else None
-        states.append(
-            scan(x_, dt_, A, B_, C_, None, None, None, dt_bias, before, None, dt_softplus, dt_limit)[1]
-        )
+        states.append(scan(x_, dt_, A, B_, C_, None, None, None, dt_bias, before, None, dt_softplus, dt_limit)[1])
+        before = None
     return torch.cat(states)
 
 
@@ -122,7 +121,8 @@ def ssd_selective_scan(
         dt = dt.to(A.dtype) if dt_bias is None else dt.to(A.dtype) + dt_bias
         dt = (torch.nn.functional.softplus(dt) if dt_softplus else dt).clamp(*bound)
         dt_bias, dt_softplus = None, False
-    u, delta, gate = (None if t is None else t.flatten(2).transpose(1, 2) for t in (x, dt, z))
+    u, delta = (t.flatten(2).transpose(1, 2) for t in (x, dt))
+    gate = None if z is None else z.flatten(2).transpose(1, 2)
     B, C = (t.permute(0, 2, 3, 1) for t in (B, C))
     D, dt_bias = (None if t is None else t.flatten() for t in (D, dt_bias))
     y, _ = selective(u, delta, A.flatten(0, 1), B, C, D, gate, dt_bias, dt_softplus)
@@ -149,16 +149,15 @@ def mamba_split_conv1d_scan_combined(
     Returns:
         (B, L, O); with return_final_states also the last state (B, H, P, N).
     """
-    if D.ndim == 1 and headdim is None:
+    heads, width = D.shape[0], D.shape[1] if D.ndim == 2 else headdim
+    if width is None:
         raise ValueError("mamba_split_conv1d_scan_combined: headdim: want P where D is (H,), got None")
-    heads, width = D.shape if D.ndim == 2 else (D.shape[0], headdim)
     inner = heads * width
     directions = (conv1d_weight.shape[0] - inner) // 2
     mlp = (zxbcdt.shape[-1] - 2 * inner - 2 * directions - heads) // 2
     z0, x0, z, xbc, dt = zxbcdt.split([mlp, mlp, inner, inner + 2 * directions, heads], -1)
-    xbc, _ = short_conv(
-        xbc, *fit(xbc, conv1d_weight, conv1d_bias), conv_activation(activation), seg=documents(seq_idx)
-    )
+    weight, bias = fit(xbc, conv1d_weight, conv1d_bias)
+    xbc, _ = short_conv(xbc, weight, bias, conv_activation(activation), seg=documents(seq_idx))
     x, B, C = xbc.split([inner, directions, directions], -1)
     gate = None if rmsnorm_weight is not None else z.unflatten(-1, (heads, width))
     y, last = scan(
@@ -206,7 +205,8 @@ def mamba_conv1d_scan_ref(
         raise ValueError("mamba_conv1d_scan_ref: headdim: want P where D is not (H, P), got None")
     directions = (xBC.shape[-1] - heads * width) // 2
     with use_backend("reference"):
-        xBC, _ = short_conv(xBC, *fit(xBC, conv1d_weight, conv1d_bias), conv_activation(activation))
+        weight, bias = fit(xBC, conv1d_weight, conv1d_bias)
+        xBC, _ = short_conv(xBC, weight, bias, conv_activation(activation))
         x, B, C = xBC.split([heads * width, directions, directions], -1)
         x, B, C = x.unflatten(-1, (heads, width)), *(t.unflatten(-1, (ngroups, -1)) for t in (B, C))
         z = None if z is None else z.unflatten(-1, (heads, width))
