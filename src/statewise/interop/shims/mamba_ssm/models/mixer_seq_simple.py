@@ -104,7 +104,7 @@ class MixerModel(nn.Module):
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int, dtype=None, **options: Any) -> dict[int, Any]:
         return {
-            i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **options)
+            i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **options)  # type: ignore[operator]
             for i, layer in enumerate(self.layers)
         }
 

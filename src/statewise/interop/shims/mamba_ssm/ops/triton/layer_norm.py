@@ -119,6 +119,23 @@ def layer_norm_linear_fn(
     return linear(found[0], linear_weight, linear_bias), found[1]
 
 
+def _layer_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, residual: Tensor | None = None,
+    x1: Tensor | None = None, weight1: Tensor | None = None, bias1: Tensor | None = None, dropout_p: float = 0.0,
+    rowscale: Tensor | None = None, out_dtype: torch.dtype | None = None, residual_dtype: torch.dtype | None = None,
+    is_rms_norm: bool = False, return_dropout_mask: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """(y, y1, None, None, sum, None, mask, mask1): without autograd, and without what only its backward needs."""
+    in_fp32 = residual is None and residual_dtype == torch.float32
+    with torch.no_grad():
+        y, *y1, total, mask, mask1 = layer_norm_fn(
+            x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, True, in_fp32, is_rms_norm, True
+        )
+    y, second = (t if t is None or out_dtype is None else t.to(out_dtype) for t in (y, y1[0] if y1 else None))
+    masks = (mask, mask1) if return_dropout_mask else (None, None)
+    return y, second, None, None, total, None, *masks
+
+
 class RMSNorm(nn.Module):
     """`rms_norm_fn` with a weight (D,)."""
 

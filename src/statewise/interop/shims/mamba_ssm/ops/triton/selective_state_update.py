@@ -41,18 +41,13 @@ def selective_state_update(
 
 def _rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices: Tensor) -> Tensor:
     taken = indices >= 0
-    if bool(taken.all()):
-        taken, rows = slice(None), indices.long()
-    else:
-        rows = indices[taken].long()
+    rows = indices[taken].long()
     y, new = _step(
         state[rows], x[taken], dt[taken], A, B[taken], C[taken], D, None if z is None else z[taken], dt_bias,
         dt_softplus,
     )  # fmt: skip
     with torch.no_grad():
         state[rows] = new.to(state.dtype)
-    if isinstance(taken, slice):
-        return y
     return torch.zeros_like(x).masked_scatter(taken.reshape(-1, *(1,) * (x.ndim - 1)), y)
 
 
@@ -67,9 +62,10 @@ def _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> tuple[Tensor, Te
         # Heads whose channels share A and dt by expansion are those of Mamba-2: one exponential a head.
         bias = None if dt_bias is None else dt_bias[:, 0]
         return ssd_step(x, dt[..., 0], A[:, 0, 0], B, C, D, z, bias, dt_softplus, state=state)
-    x_, dt, z = (None if t is None else t.flatten(1) for t in (x, dt, z))
-    A, D, dt_bias = (None if t is None else t.flatten(0, 1) for t in (A, D, dt_bias))
-    y, new = selective_scan_step(x_, dt, A, B, C, D, z, dt_bias, dt_softplus, state=state.flatten(1, 2))
+    z, D, dt_bias = (None if t is None else t.flatten(-2) for t in (z, D, dt_bias))
+    y, new = selective_scan_step(
+        x.flatten(1), dt.flatten(1), A.flatten(0, 1), B, C, D, z, dt_bias, dt_softplus, state=state.flatten(1, 2)
+    )
     return y.view_as(x), new.view_as(state)
 
 
