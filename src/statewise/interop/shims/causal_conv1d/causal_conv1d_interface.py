@@ -28,16 +28,17 @@ def causal_conv1d_fn(
         return_final_states: also return the last K - 1 inputs (B, D, K - 1), or write them to `final_states_out`.
         activation: None, "silu" or "swish".
     """
-    y, final = _conv(x, weight, bias, seq_idx, initial_states, conv_activation(activation))
+    y, final = conv(x, weight, bias, seq_idx, initial_states, conv_activation(activation))
     if not return_final_states:
         return y
     return y, final if final_states_out is None else final_states_out.copy_(final)
 
 
-def _conv(
+def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_states: Tensor | None,
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`causal_conv1d_fn` with the last inputs (B, D, K - 1) always returned."""
     state = None if initial_states is None else initial_states.transpose(1, 2)
     weight, bias, state = fit(x, weight, bias, state)
     seg = documents(seq_idx, continues=state is not None)
@@ -104,7 +105,7 @@ def _update(
         before = conv_state.gather(2, ring[..., :places]).detach()
         with torch.no_grad():
             conv_state.scatter_(2, ring[..., places:], new.to(conv_state.dtype))
-    y, _ = _conv(new, weight, bias, None, before, activation)
+    y, _ = conv(new, weight, bias, None, before, activation)
     return y if x.ndim == 3 else y[..., 0]
 
 

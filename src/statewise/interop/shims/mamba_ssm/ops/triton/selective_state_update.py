@@ -33,7 +33,7 @@ def selective_state_update(
     """
     if state_batch_indices is not None:
         return _rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
-    y, new = _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    y, new = step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     with torch.no_grad():
         state.copy_(new)
     return y
@@ -42,7 +42,7 @@ def selective_state_update(
 def _rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices: Tensor) -> Tensor:
     taken = indices >= 0
     rows = indices[taken].long()
-    y, new = _step(
+    y, new = step(
         state[rows], x[taken], dt[taken], A, B[taken], C[taken], D, None if z is None else z[taken], dt_bias,
         dt_softplus,
     )  # fmt: skip
@@ -51,9 +51,13 @@ def _rows(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices: Tensor) ->
     return torch.zeros_like(x).masked_scatter(taken.reshape(-1, *(1,) * (x.ndim - 1)), y)
 
 
-def _step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus) -> tuple[Tensor, Tensor]:
+def step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`selective_state_update` as a function: the output and the new state, differentiable in everything."""
     if torch.is_grad_enabled():
-        state = state.detach().clone()  # the backward pass needs what the caller is about to overwrite
+        state = state.clone()  # the backward pass needs what the caller is about to overwrite
     state, dt, A, B, C, D, z, dt_bias = fit(x, state, dt, A, B, C, D, z, dt_bias)
     if state.ndim == 3:
         return selective_scan_step(x, dt, A, B, C, D, z, dt_bias, dt_softplus, state=state)
