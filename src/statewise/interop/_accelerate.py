@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -98,7 +99,7 @@ def accelerate(*families: str, quiet: bool = False) -> Acceleration:
     already run on them too. Where Statewise has no fast kernel (another device than CPU and CUDA, float64), and on CUDA
     where mamba_ssm or causal-conv1d is installed, a call goes to the function that was there. Outputs stay what they
     are, up to rounding. Packed rows (`seq_idx`), which transformers refuses without mamba_ssm, work in the families
-    built on Mamba-2.
+    built on Mamba-2 as far as a model hands them on.
 
     Args:
         families: names as "mamba2" or "bamba"; all in which there is something to replace if none is given.
@@ -162,6 +163,7 @@ def _unknown_parameters(make: Callable[..., Any], current: Callable[..., Any]) -
     return [n for n, p in theirs.items() if p.kind is not p.VAR_KEYWORD and n not in known and n not in ignored]
 
 
+@cache
 def _marked_functions() -> dict[str, list[str]]:
     """Model family: the functions that its modeling file marks as replaceable. Files are read, not imported."""
     try:
