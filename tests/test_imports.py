@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("tasks", "data"),
     ("training", "inference"),
     ("recipes", "benchmarks"),
-    ("cli",),
+    ("cli", "shim"),
 )
 # These act on what is built from outside: they may import all floors below the recipes, and only the commands and
 # recipes may import them.

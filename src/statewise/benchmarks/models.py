@@ -67,7 +67,7 @@ def _model(subject: Subject) -> Any:
     return subject.build()
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _theirs(name: str, subject: Subject) -> Any:
     if name == "llama.cpp":
         if subject.device != "cpu":
@@ -150,7 +150,7 @@ def _grads(who: Any, given: Tensor) -> Tensors:
 
 def _training(subject: Subject, length: int, name: str) -> Contender:
     who, given = _who(name, subject), tokens(_model(subject), 1, length)
-    if name == "transformers":
+    if isinstance(who, whole.Transformers):
         who.model.train()
     parameters = list((who.model if hasattr(who, "model") else who).parameters())
 
@@ -254,9 +254,8 @@ def _case(
 
 def _python_peers(subject: Subject) -> list[str]:
     # mambapy has no half precision, and its Mamba-2 runs with mamba_ssm only.
-    return (
-        ["transformers", "mambapy"] if (subject.name, subject.dtype) == ("mamba-130m", "float32") else ["transformers"]
-    )
+    mambapy = (subject.name, subject.dtype) == ("mamba-130m", "float32")
+    return ["transformers", "accelerated", *(["mambapy"] if mambapy else [])]
 
 
 def prefill(subject: Subject, length: int) -> Case:

@@ -106,6 +106,27 @@ class Transformers:
         return next(p for n, p in self.model.named_parameters() if _ours(n) == name)
 
 
+class Accelerated(Transformers):
+    """The same model of transformers on our ops, as `statewise.interop.accelerate` makes it; off between its calls."""
+
+    def start(self, tokens: Tensor) -> Tensor:
+        with self._on():
+            return super().start(tokens)
+
+    def step(self, token: Tensor) -> Tensor:
+        with self._on():
+            return super().step(token)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        with self._on():
+            return super().loss(tokens)
+
+    def _on(self) -> Any:
+        from ...interop import accelerate
+
+        return accelerate(self.model.config.model_type, quiet=True)
+
+
 def _ours(name: str) -> str:
     return name.removeprefix("backbone.").replace("embeddings.", "embedding.")
 
@@ -160,7 +181,7 @@ class MambaPy(nn.Module):
         return next(p for n, p in self.named_parameters() if n.removeprefix("mamba.") == name)
 
 
-BUILDERS = {"transformers": Transformers, "mambapy": MambaPy}
+BUILDERS = {"transformers": Transformers, "accelerated": Accelerated, "mambapy": MambaPy}
 
 
 def expected_memory(name: str, model_config: dict[str, Any], tokens: int, backward: bool) -> float:

@@ -1,0 +1,3 @@
+"""What `install_shims` was told and modules below look up when they need it."""
+
+allow_pickle = False

@@ -1,0 +1,5 @@
+"""Generation, weights and small helpers of mamba_ssm."""
+
+from ..._missing import missing
+
+__getattr__ = missing(__name__)
