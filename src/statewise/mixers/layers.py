@@ -34,6 +34,13 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(x, z, self.weight, self.eps, self.groups)
 
 
+class StepProjection(nn.Linear):
+    """Projection to step sizes. Its bias is left out here: it is added inside the scan, in float32, before softplus."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
 class ShortConv(nn.Module):
     """Weight (D, K) and bias (D,) of a depthwise causal convolution; the mixer calls `ops.short_conv` with them.
 

@@ -15,7 +15,7 @@ from ..ops.short_conv import short_conv
 from ..segments import Segments
 from ..state import exportable
 from .base import CausalMixer, HasMixing, Mixing, check_input
-from .layers import ShortConv
+from .layers import ShortConv, StepProjection
 
 
 @exportable
@@ -65,7 +65,7 @@ class Mamba(CausalMixer, HasMixing):
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d = ShortConv(self.d_inner, d_conv, conv_bias)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.dt_proj = StepProjection(self.dt_rank, self.d_inner)
         bound = dt_scale / math.sqrt(self.dt_rank)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-bound, bound)
@@ -83,8 +83,7 @@ class Mamba(CausalMixer, HasMixing):
     def _coefficients(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt before bias and softplus, B and C from the convolved input."""
         dt, b, c = self.x_proj(v).split((self.dt_rank, self.d_state, self.d_state), -1)
-        # The bias is added inside the scan, in float32, where softplus is taken.
-        return nn.functional.linear(dt, self.dt_proj.weight), b, c
+        return self.dt_proj(dt), b, c
 
     def _run(self, x: Tensor, state: MambaState | None, seg: Segments | None) -> tuple[Tensor, MambaState]:
         check_input(self, x, self.d_model)

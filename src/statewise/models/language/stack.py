@@ -6,7 +6,7 @@ A plain language model is a preset of this stack; a file of its own is earned by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +22,13 @@ from ...state import State, exportable
 from .._weights import Pretrained
 
 MixerSpec = str | Mapping[str, Any]
+# run(block, x, state, seg) -> (x, state)
+RunBlock = Callable[[Causal, Tensor, State, Segments | None], tuple[Tensor, State]]
+
+
+def run_block(block: Causal, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
+    """The plain way to run a block of a model."""
+    return block._run(x, state, seg)
 
 
 @exportable
@@ -143,25 +150,35 @@ class LanguageModel(Causal, Pretrained):
             tuple(block.init_state(batch, capacity=capacity, device=device, dtype=dtype) for block in self.blocks)
         )
 
-    def _body(
-        self, x: Tensor, state: LanguageState | None, seg: Segments | None, last: bool
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) -> embeddings (B, L, D)."""
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(f"LanguageModel: tokens: want integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
+        return self.embedding(tokens)
+
+    def trunk(
+        self, x: Tensor, state: LanguageState | None, seg: Segments | None, run: RunBlock = run_block
     ) -> tuple[Tensor, LanguageState]:
-        if x.ndim != 2 or x.is_floating_point() or x.dtype == torch.bool:
-            raise ValueError(f"LanguageModel: tokens: want integers (B, L), got {x.dtype} {tuple(x.shape)}")
-        x = self.embedding(x)
+        """All between the embeddings and the head: x (B, L, D) -> (normed features (B, L, D), state).
+
+        `run` runs one block. Another one may look at what enters and leaves a block, or compute it twice to save memory.
+        """
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         states = []
         for i, block in enumerate(self.blocks):
-            x, block_state = block._run(x, None if state is None else state.layers[i], seg)
+            x, block_state = run(block, x, None if state is None else state.layers[i], seg)
             states.append(block_state)
-        x = self.norm_f((x[:, -1:] if last else x).to(self.norm_f.weight.dtype))
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits = linear(x, weight)[..., : self.vocab_size]
-        return logits, LanguageState(tuple(states))
+        return self.norm_f(x.to(self.norm_f.weight.dtype)), LanguageState(tuple(states))
+
+    def head(self, features: Tensor) -> Tensor:
+        """What `trunk` gives (..., D) -> logits (..., V)."""
+        logits = linear(features, self.embedding.weight) if self.lm_head is None else self.lm_head(features)
+        return logits[..., : self.vocab_size]
 
     def _run(self, x: Tensor, state: LanguageState | None, seg: Segments | None) -> tuple[Tensor, LanguageState]:
-        return self._body(x, state, seg, last=False)
+        features, state = self.trunk(self.embed(x), state, seg)
+        return self.head(features), state
 
     def prefill(
         self, tokens: Tensor, state: LanguageState | None, seg: Segments | None = None
@@ -170,5 +187,5 @@ class LanguageModel(Causal, Pretrained):
 
         The output head is the largest matrix of a small model; here it serves one position instead of L.
         """
-        logits, state = self._body(tokens, state, seg, last=True)
-        return logits.squeeze(1), state
+        features, state = self.trunk(self.embed(tokens), state, seg)
+        return self.head(features[:, -1]), state
