@@ -31,6 +31,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def constructor_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the constructor in a config.json. `statewise.hf` writes them as one entry, "options",
+    because transformers keeps entries of its own beside them."""
+    if isinstance(config.get("options"), dict):
+        return dict(config["options"])
+    return {k: v for k, v in config.items() if k not in ("architecture", "statewise_version", "model_type")}
+
+
 def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
     """The tensors of model.safetensors; pickled weights are refused."""
     from safetensors import SafetensorError
@@ -72,6 +80,11 @@ class Pretrained(nn.Module):
     architecture: ClassVar[str]
     config: dict[str, Any]
 
+    def file_config(self) -> dict[str, Any]:
+        """What config.json holds. By "model_type" transformers knows the directory, after `import statewise.hf`."""
+        about = {"model_type": "statewise", "architecture": self.architecture}
+        return {**about, "statewise_version": _version.__version__, **self.config}
+
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Write config.json and model.safetensors, each atomically."""
         from safetensors.torch import save_file
@@ -79,7 +92,7 @@ class Pretrained(nn.Module):
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        config = {"architecture": self.architecture, "statewise_version": _version.__version__, **self.config}
+        config = self.file_config()
         write_atomically(target / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2) + "\n"
         write_atomically(target / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
@@ -123,7 +136,7 @@ def resolve_directory(name_or_directory: str | os.PathLike) -> Path:
 
 def build(cls: type, config: dict[str, Any], directory: Path, device, dtype) -> Any:
     """Construct on the meta device, then give every parameter its stored value: no double memory."""
-    options = {k: v for k, v in config.items() if k not in ("architecture", "statewise_version")}
+    options = constructor_options(config)
     check_options(f"{directory / CONFIG}", cls, options)
     with torch.device("meta"):
         try:
