@@ -22,15 +22,21 @@ except (ImportError, AttributeError) as error:
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .adapters import join_projections, lora_targets, split_projections
 from .cache import StatewiseCache
 from .configuration import StatewiseConfig
 from .modeling import StatewiseForCausalLM, StatewiseModel
+from .tokenizers import byte_tokenizer
 
 __all__ = [
     "StatewiseCache",
     "StatewiseConfig",
     "StatewiseForCausalLM",
     "StatewiseModel",
+    "byte_tokenizer",
+    "join_projections",
+    "lora_targets",
+    "split_projections",
 ]
 
 AutoConfig.register(StatewiseConfig.model_type, StatewiseConfig, exist_ok=True)

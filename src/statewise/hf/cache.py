@@ -111,6 +111,11 @@ class StatewiseCache(Cache):
         parts.append([s[:, redo:] for s in streams])
         return [torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts)]
 
+    def begin(self, state: State) -> None:
+        """Begin from this state, if nothing was seen yet and no state was given."""
+        if self._seen == 0 and self._state is None:
+            self._state = state
+
     def _settle(self, run: Run) -> None:
         """Run what waits, so that the state is that of the last position."""
         if self._waiting is not None:
@@ -135,6 +140,9 @@ class StatewiseCache(Cache):
     def fork(self) -> StatewiseCache:
         """A copy with its own memory."""
         return self._map(torch.clone, StatewiseCache(seen=self._seen))
+
+    def __deepcopy__(self, memo: dict) -> StatewiseCache:
+        return self.fork()
 
     def activate_past_recording(self) -> None:
         """From now on keep what `crop` needs. Costs one more state and the inputs since."""

@@ -39,6 +39,7 @@ class StatewiseConfig(PreTrainedConfig):
         options: the keyword arguments of its constructor. They may also be given one by one:
             `StatewiseConfig(vocab_size=256, d_model=64, n_layer=2)`.
         use_cache: whether models return their state unless told otherwise.
+        initial_state: the model has a learned state before the first token (see `StatewiseForCausalLM.tune_state`).
         kwargs: entries of transformers' own, e.g. `pad_token_id`.
 
     `vocab_size`, `hidden_size`, `num_hidden_layers` and `tie_word_embeddings`, which other libraries look for, read and
@@ -60,6 +61,7 @@ class StatewiseConfig(PreTrainedConfig):
         options: dict[str, Any] | None = None,
         *,
         use_cache: bool = True,
+        initial_state: bool = False,
         **kwargs: Any,
     ):
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
@@ -76,7 +78,7 @@ class StatewiseConfig(PreTrainedConfig):
                 raise TypeError(unknown(f"option of {architecture}", name, names))
         self.architecture = architecture
         self.options = copy.deepcopy(given)
-        self.use_cache = use_cache
+        self.use_cache, self.initial_state = use_cache, initial_state
         self.pad_token_id = kwargs.pop("pad_token_id", None)
         self.bos_token_id = kwargs.pop("bos_token_id", None)
         self.eos_token_id = kwargs.pop("eos_token_id", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..state import State
 from .cache import StatewiseCache
 from .configuration import StatewiseConfig
 from .inputs import IGNORED, segments
+from .state_tuning import InitialState
 
 _PREFIX = "model."
 
@@ -61,20 +63,23 @@ class StatewisePreTrainedModel(PreTrainedModel):
                 options["pad_vocab_to"] = 1
 
     @classmethod
-    def from_pretrained(cls, name_or_directory: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but weights that are missing or left over are an error that names them.
 
         `ignore_mismatched_sizes=True` gives missing and wrongly shaped weights random values, as in transformers.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name_or_directory, *args, output_loading_info=True, **kwargs)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        object.__setattr__(model.base_model, "_fresh", None)
         if kwargs.get("state_dict") is None and not kwargs.get("ignore_mismatched_sizes", False):
             problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
             problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
             if problems:
                 shown = "\n  ".join(problems[:20])
                 more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-                raise ValueError(f"{name_or_directory}: the weights do not fit this model:\n  {shown}{more}")
+                raise ValueError(f"{pretrained_model_name_or_path}: the weights do not fit this model:\n  {shown}{more}")
         return (model, info) if wants_info else model
 
 
@@ -89,6 +94,7 @@ class StatewiseModel(StatewisePreTrainedModel):
     def __init__(self, config: StatewiseConfig, core: nn.Module | None = None):
         super().__init__(config)
         core = config.build() if core is None else core
+        config.options = copy.deepcopy(core.config)  # with what was left to defaults
         missing = [name for name in ("embed", "trunk", "head", "embedding") if not hasattr(core, name)]
         if missing:
             raise ValueError(
@@ -99,7 +105,9 @@ class StatewiseModel(StatewisePreTrainedModel):
         # both, and a module that is replaced in one (by an adapter, by a quantiser) is replaced in the other.
         self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers
         object.__setattr__(self, "_core", core)
+        object.__setattr__(self, "_initial", None)
         self._drawn = not any(p.is_meta for p in core.parameters())
+        object.__setattr__(self, "_fresh", None)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -113,16 +121,17 @@ class StatewiseModel(StatewisePreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The constructor drew all weights, unless it ran on the meta device; then those that no file gave are drawn by
-        # a second model. transformers calls this for each module and for the whole model last.
-        if module is not self or self._drawn:
+        """Called for each module that holds weights which no file gave."""
+        if self._drawn:
             return
-        with torch.device("cpu"):
-            drawn = self.config.build().state_dict()
-        for name, t in self.state_dict(keep_vars=True).items():
+        if self._fresh is None:
+            # The constructor drew on the meta device, so a second model has to draw.
+            with torch.device("cpu"):
+                object.__setattr__(self, "_fresh", dict(self.config.build().named_modules()))
+        drawn = self._fresh[next(name for name, m in self.named_modules() if m is module)].state_dict()
+        for name, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if not getattr(t, "_is_hf_initialized", False):
                 t.copy_(drawn[name])
-        self._drawn = True
 
     def settle(self, cache: StatewiseCache) -> StatewiseCache:
         """Run what waits in a cache after `crop`, so that `cache.state` can be read."""
@@ -168,15 +177,19 @@ class StatewiseModel(StatewisePreTrainedModel):
         seen = 0 if cache is None else cache.get_seq_length()
         seg = segments(
             x.shape[0], x.shape[1], attention_mask=attention_mask, position_ids=position_ids, seq_idx=seq_idx,
-            cu_seq_lens=cu_seq_lens_q, seen=seen, device=x.device,
+            cu_seq_lens=cu_seq_lens_q, seen=seen, fresh=self._initial is None, device=x.device,
         )  # fmt: skip
 
         def run(x: Tensor, state: State, seg: Segments | None) -> tuple[list[Tensor], State]:
             return self._trunk(x, state, seg, every=output_hidden_states, checkpointed=checkpointed)
 
+        start = None
+        if self._initial is not None and seen == 0:
+            start = self._initial(self._core.init_state(1), x.shape[0])
         if cache is None:
-            streams, _ = run(x, None, seg)
+            streams, _ = run(x, start, seg)
         else:
+            cache.begin(start)
             tail = logits_to_keep if isinstance(logits_to_keep, int) else 0
             streams = cache.advance(run, x, seg, tail=tail)
         output = BaseModelOutputWithPast(
@@ -213,6 +226,9 @@ class StatewiseForCausalLM(StatewisePreTrainedModel, GenerationMixin):
     def __init__(self, config: StatewiseConfig, core: nn.Module | None = None):
         super().__init__(config)
         self.model = StatewiseModel(config, core)
+        self.initial_state: InitialState | None = None
+        if config.initial_state:
+            self._attach(InitialState(self.core.init_state(1)))
         self.register_load_state_dict_pre_hook(_add_prefix)
         self.post_init()
 
@@ -228,6 +244,33 @@ class StatewiseForCausalLM(StatewisePreTrainedModel, GenerationMixin):
     def core(self) -> Any:
         return self.model.core
 
+    def tune_state(self, start: State = None) -> StatewiseForCausalLM:
+        """Freeze all weights and learn the state before the first token instead, from `start` (one row) or from zeros.
+
+        The learned state is saved with the model. `learned_state()` gives it for use with any other way to run it.
+        """
+        self.requires_grad_(False)
+        self._attach(InitialState(self.core.init_state(1) if start is None else start))
+        self.config.initial_state = True
+        return self
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, InitialState):
+            for p in module.parameters():
+                p.zero_()
+
+    def _attach(self, initial: InitialState) -> None:
+        # The trunk sees it but does not hold it: it is no weight of the model of ours.
+        self.initial_state = initial.to(self.device)
+        object.__setattr__(self.model, "_initial", self.initial_state)
+
+    def learned_state(self) -> State:
+        """The state of `tune_state`, a tree of one row, e.g. for `statewise.state.save`."""
+        if self.initial_state is None:
+            raise ValueError("no state was tuned; call tune_state() and train first")
+        return trees.clone(trees.detach(self.initial_state(self.core.init_state(1))))
+
     def get_output_embeddings(self) -> nn.Linear:
         head = self.core.lm_head
         if head is not None and head.weight.shape[0] == self.core.vocab_size:
@@ -235,9 +278,13 @@ class StatewiseForCausalLM(StatewisePreTrainedModel, GenerationMixin):
         return _Head(self.core)
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        if self.core.lm_head is None:
-            raise ValueError("the output head is the embedding (tie_embeddings=True), so it cannot be replaced alone")
-        self.core.lm_head = value
+        if self.core.lm_head is not None:
+            self.core.lm_head = value
+        elif value.weight.shape != self.core.embedding.weight.shape:
+            raise ValueError(
+                "the output head is the embedding (tie_embeddings=True): want a layer with a weight "
+                f"{tuple(self.core.embedding.weight.shape)} to be tied to it, got {tuple(value.weight.shape)}"
+            )
 
     def settle(self, cache: StatewiseCache) -> StatewiseCache:
         """Run what waits in a cache after `crop`, so that `cache.state` can be read."""
@@ -345,5 +392,6 @@ def _check_rest(model: str, kwargs: dict[str, Any]) -> None:
 
 def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Names of the model of ours, as in files, become names below `model`."""
-    for name in [n for n in state_dict if n.startswith(prefix) and not n.startswith(prefix + _PREFIX)]:
+    ours = (prefix + _PREFIX, prefix + "initial_state.")
+    for name in [n for n in state_dict if n.startswith(prefix) and not n.startswith(ours)]:
         state_dict[prefix + _PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)

@@ -80,6 +80,12 @@ class Mamba(CausalMixer, HasMixing):
         conv = torch.zeros(batch, self.conv1d.width - 1, self.d_inner, device=device, dtype=dtype)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=dtype))
 
+    def fused(self) -> dict[str, dict[str, int]]:
+        return {
+            "in_proj": {"x": self.d_inner, "z": self.d_inner},
+            "x_proj": {"dt": self.dt_rank, "B": self.d_state, "C": self.d_state},
+        }
+
     def _coefficients(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt before bias and softplus, B and C from the convolved input."""
         dt, b, c = self.x_proj(v).split((self.dt_rank, self.d_state, self.d_state), -1)
