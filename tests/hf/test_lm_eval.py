@@ -50,14 +50,16 @@ def test_requests(directory):
 
     lm = get_model("statewise")(pretrained=str(directory), batch_size=2)
     core = statewise.load(directory)
-    pairs = [("the state", " is"), ("a", " tree of tensors"), ("", "x")]
-    got = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs[:2]])
+    pairs = [("the state", " is"), ("a", " tree of tensors")]
+    got = lm.loglikelihood([request("loglikelihood", *pair) for pair in pairs])
     for (context, continuation), (likelihood, greedy) in zip(pairs, got):
         tokens = torch.tensor([list((context + continuation).encode())])
         chosen = core(tokens).log_softmax(-1)[0, len(context.encode()) - 1 : -1]
         target = tokens[0, len(context.encode()) :]
         assert likelihood == pytest.approx(chosen.gather(1, target[:, None]).sum().item(), rel=1e-5)
         assert greedy == bool((chosen.argmax(-1) == target).all())
+    (empty,) = lm.loglikelihood([request("loglikelihood", "", "x")])
+    assert empty[0] == pytest.approx(core(torch.tensor([[10]])).log_softmax(-1)[0, 0, ord("x")].item(), rel=1e-5)
     (made,) = lm.generate_until([request("generate_until", "the state", {"until": ["\n\n"], "max_gen_toks": 5})])
     tokens = torch.stack(list(statewise.inference.generate(core, [list(b"the state")], 5, temperature=0)), 1)
     assert made == bytes(tokens[0].tolist()).decode("utf-8", "replace")

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..models import load
 from . import StatewiseForCausalLM
 from .tokenizers import byte_tokenizer
+
+
+_log = logging.getLogger(__name__)
 
 
 @register_model("statewise")
@@ -52,12 +56,19 @@ class StatewiseLM(HFLM):
             if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise ValueError(f"dtype: want 'auto' or the name of a dtype of torch, got {dtype!r}")
             dtype = None if dtype == "auto" else getattr(torch, dtype)
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = torch.cuda.is_available()
+        if device is not None and device.startswith("cuda") and not cuda:
+            # What the command asks for when nobody does.
+            _log.warning("device: there is no CUDA here, so %s becomes cpu", device)
+            device = "cpu"
+        place = device or ("cuda" if cuda else "cpu")
         model = load(pretrained, dtype=dtype) if isinstance(pretrained, str) else pretrained
         if not isinstance(model, PreTrainedModel):
             model = StatewiseForCausalLM.wrap(model)
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = _tokenizer(tokenizer or pretrained, model.config.vocab_size)
+        if tokenizer.bos_token_id is None and model.config.vocab_size == 256:
+            kwargs.setdefault("prefix_token_id", ord("\n"))  # what a text begins after
         if peft is not None:
             from peft import PeftModel
 
