@@ -82,7 +82,10 @@ def test_parameters_of_a_target(build):
 
 @pytest.mark.parametrize(
     ("kind", "parts"),
-    [("mamba", ["x_proj.dt", "x_proj.B", "x_proj.C", "in_proj.z"]), ("mamba2", ["in_proj.dt", "in_proj.B", "in_proj.x"])],
+    [
+        ("mamba", ["x_proj.dt", "x_proj.B", "x_proj.C", "in_proj.z"]),
+        ("mamba2", ["in_proj.dt", "in_proj.B", "in_proj.x"]),
+    ],
 )
 def test_parts_of_fused_projections(build, kind, parts, tmp_path):
     model, x = build(kind), tokens(2, 7)
@@ -140,7 +143,11 @@ def test_whole_modules_are_trained(build):
         adapted(build("mamba"), ["conv1d"])
     wrapped = adapted(model, ["x_proj"], modules_to_save=["conv1d"])
     wrapped(x, labels=x).loss.backward()
-    copies = [p for n, p in wrapped.named_parameters() if "modules_to_save" in n and n.endswith("conv1d.modules_to_save.default.weight")]
+    copies = [
+        p
+        for n, p in wrapped.named_parameters()
+        if "modules_to_save" in n and n.endswith("conv1d.modules_to_save.default.weight")
+    ]
     assert len(copies) == 2
     assert all(bool(p.grad.any()) for p in copies)
 

@@ -86,9 +86,7 @@ def test_assisted_decoding(model, draft):
 def test_prompt_lookup(model):
     x = prompt(1, 5).repeat(1, 20)  # long enough that the prompt is not run twice
     want = model.generate(x, max_new_tokens=24, **GREEDY)
-    out = model.generate(
-        x, max_new_tokens=24, prompt_lookup_num_tokens=4, return_dict_in_generate=True, **GREEDY
-    )
+    out = model.generate(x, max_new_tokens=24, prompt_lookup_num_tokens=4, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, want)
     # The state that is left is that of the tokens that were kept.
     cache = model.settle(out.cache)
@@ -140,12 +138,14 @@ def test_from_a_state_of_ours(model):
     x = prompt(1, 7)
     _, state = model.core.extend(x[:, :4], None)
     cache = StatewiseCache(state, seen=4)
-    assert torch.equal(model.generate(x, cache=cache, max_new_tokens=5, **GREEDY), model.generate(x, max_new_tokens=5, **GREEDY))
+    assert torch.equal(
+        model.generate(x, cache=cache, max_new_tokens=5, **GREEDY), model.generate(x, max_new_tokens=5, **GREEDY)
+    )
 
 
 def test_what_cannot_be_served(build):
     model: StatewiseForCausalLM = build("mamba")
-    with pytest.raises(ValueError, match="cache_implementation: want None .* got 'static'"):
+    with pytest.raises(ValueError, match=r"cache_implementation: want None .* got 'static'"):
         model.generate(prompt(1, 3), max_new_tokens=2, cache_implementation="static", **GREEDY)
     with pytest.raises(TypeError, match="cache: want a StatewiseCache, got DynamicCache"):
         model.generate(prompt(1, 3), max_new_tokens=2, cache=transformers.DynamicCache(), **GREEDY)
@@ -159,5 +159,7 @@ def test_pipeline(build, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path)
     pipe = transformers.pipeline("text-generation", model=str(tmp_path), device="cpu")
     text = pipe("Wie schön", max_new_tokens=4, do_sample=False, pad_token_id=0)[0]["generated_text"]
-    made = torch.stack(list(statewise.inference.generate(model.core, [list("Wie schön".encode())], 4, temperature=0)), 1)
+    made = torch.stack(
+        list(statewise.inference.generate(model.core, [list("Wie schön".encode())], 4, temperature=0)), 1
+    )
     assert text == (b"Wie sch\xc3\xb6n" + bytes(made[0].tolist())).decode("utf-8", "replace")

@@ -46,7 +46,7 @@ def test_requests(directory):
     from lm_eval.api.registry import get_model
 
     import statewise
-    import statewise.hf.lm_eval  # noqa: F401  (registers the name)
+    import statewise.hf.lm_eval
 
     lm = get_model("statewise")(pretrained=str(directory), batch_size=2)
     core = statewise.load(directory)
@@ -79,7 +79,10 @@ def test_wrong_arguments(directory, build):
 def test_a_task_from_the_command_line(directory, tmp_path):
     import json
 
-    rows = [{"question": "the state is", "choices": [" a tree", " zzz"]}, {"question": "one", "choices": [" two", " 2"]}]
+    rows = [
+        {"question": "the state is", "choices": [" a tree", " zzz"]},
+        {"question": "one", "choices": [" two", " 2"]},
+    ]
     (tmp_path / "data.json").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "tiny.yaml").write_text(TASK.format(data=tmp_path / "data.json"))

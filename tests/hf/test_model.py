@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -39,7 +41,9 @@ def test_files_are_read_by_both_sides(build, options, tmp_path):
         assert isinstance(base, StatewiseModel)
         assert torch.equal(base(x).last_hidden_state, model.model(x).last_hidden_state)
         assert again.config.options == model.config.options
-        assert AutoConfig.from_pretrained(tmp_path / directory).tie_word_embeddings == options.get("tie_embeddings", True)
+        assert AutoConfig.from_pretrained(tmp_path / directory).tie_word_embeddings == options.get(
+            "tie_embeddings", True
+        )
 
 
 def test_shards_and_dtype(build, tmp_path):
@@ -53,7 +57,9 @@ def test_shards_and_dtype(build, tmp_path):
 
 
 def test_wrap_shares_everything(build):
-    core = statewise.create_model("mamba2-130m", vocab_size=61, d_model=32, n_layer=2, mixer={"name": "mamba", "d_state": 4})
+    core = statewise.create_model(
+        "mamba2-130m", vocab_size=61, d_model=32, n_layer=2, mixer={"name": "mamba", "d_state": 4}
+    )
     model = StatewiseForCausalLM.wrap(core.eval())
     x = tokens(2, 5)
     assert not model.training
@@ -159,8 +165,29 @@ def test_missing_weights_are_drawn_as_the_constructor_draws_them(build, tmp_path
     assert torch.equal(drawn.core.layers[0].mixer.A_log, model.core.layers[0].mixer.A_log)
     del weights["layers.0.mixer.D"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"do not fit this model:\n  missing .*layers\.0\.mixer\.D\n(.*\n)*  unexpected .*surplus"):
+    with pytest.raises(
+        ValueError, match=r"do not fit this model:\n  missing .*layers\.0\.mixer\.D\n(.*\n)*  unexpected .*surplus"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_pickles_are_not_read(build, tmp_path):
+    model, x = build("mamba"), tokens(1, 5)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.core.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    asked = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
+    assert torch.equal(asked(x).logits, model(x).logits)
+
+
+def test_copies_keep_their_two_faces(build):
+    model, x = build("hybrid"), tokens(1, 5)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.core is not model.core
+        assert twin.core.embedding is twin.model.embedding
+        assert torch.equal(twin(x).logits, model(x).logits)
+        assert torch.equal(twin.core(x), model(x).logits)
 
 
 def test_wrong_shapes_raise(build, tmp_path):
@@ -199,7 +226,10 @@ def test_configuration():
         (lambda: StatewiseConfig.from_dict({"model_type": "mamba"}), "describes a 'mamba' model"),
         (lambda: StatewiseConfig.from_dict({"model_type": "statewise"}), "want 'architecture'"),
         (lambda: StatewiseForCausalLM(StatewiseConfig(d_model=4)), "options of 'language': .*vocab_size"),
-        (lambda: StatewiseForCausalLM(StatewiseConfig(vocab_size=4, d_model=4, n_layer=-1)), "n_layer: want an integer"),
+        (
+            lambda: StatewiseForCausalLM(StatewiseConfig(vocab_size=4, d_model=4, n_layer=-1)),
+            "n_layer: want an integer",
+        ),
     ],
 )
 def test_wrong_configurations(make, message):
@@ -214,7 +244,11 @@ def test_wrong_arguments(build):
         (TypeError, "cache: want a StatewiseCache, got tuple", {"input_ids": x, "cache": ()}),
         (ValueError, "exactly one of the two", {}),
         (ValueError, "exactly one of the two", {"input_ids": x, "inputs_embeds": torch.zeros(2, 5, 32)}),
-        (ValueError, r"attention_mask: want shape \(2, 5\), got \(2, 4\)", {"input_ids": x, "attention_mask": x[:, :4]}),
+        (
+            ValueError,
+            r"attention_mask: want shape \(2, 5\), got \(2, 4\)",
+            {"input_ids": x, "attention_mask": x[:, :4]},
+        ),
         (ValueError, r"tokens: want integers \(B, L\)", {"input_ids": x.float()}),
     ]
     for error, message, arguments in cases:

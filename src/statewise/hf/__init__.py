@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .adapters import join_projections, lora_targets, split_projections
 from .cache import StatewiseCache
+from .causal_lm import StatewiseForCausalLM
 from .configuration import StatewiseConfig
-from .modeling import StatewiseForCausalLM, StatewiseModel
+from .modeling import StatewiseModel
 from .tokenizers import byte_tokenizer
 
 __all__ = [

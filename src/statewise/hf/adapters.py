@@ -107,7 +107,9 @@ def split_projections(model: nn.Module, *names: str) -> nn.Module:
         layer = getattr(mixer, name)
         if (not names or name in names) and not isinstance(layer, SplitLinear):
             if not isinstance(layer, nn.Linear):
-                raise ValueError(f"{name}: want a plain linear layer, got {type(layer).__name__}; split before adapters")
+                raise ValueError(
+                    f"{name}: want a plain linear layer, got {type(layer).__name__}; split before adapters"
+                )
             setattr(mixer, name, SplitLinear(layer, rows))
     return model
 

@@ -165,7 +165,9 @@ class StatewiseCache(Cache):
         known = sum(map(len, undo))
         keep = known + tokens_to_remove
         if keep < 0:
-            raise ValueError(f"tokens_to_remove: the inputs of the last {known} positions are kept, got {tokens_to_remove}")
+            raise ValueError(
+                f"tokens_to_remove: the inputs of the last {known} positions are kept, got {tokens_to_remove}"
+            )
         whole = undo[0]
         for stretch in undo[1:]:
             whole = whole + stretch

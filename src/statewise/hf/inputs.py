@@ -76,7 +76,9 @@ def segments(
     if not fresh:
         later = begins & (begins.cumsum(1) > 1)
         if bool(later.any()):
-            raise ValueError("a row of several documents cannot begin with a tuned state: it would serve the first one only")
+            raise ValueError(
+                "a row of several documents cannot begin with a tuned state: it would serve the first one only"
+            )
         begins = later
     # Positions are counted in valid tokens, so that padding at the start of a document does not hide its beginning.
     before = valid.long().cumsum(1) - valid.long()

@@ -25,7 +25,6 @@ from ..models import load
 from . import StatewiseForCausalLM
 from .tokenizers import byte_tokenizer
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -35,7 +34,7 @@ class StatewiseLM(HFLM):
 
     Args:
         pretrained: directory or Hub name of a model, or a model, wrapped for transformers or not.
-        tokenizer: directory, Hub name or tokenizer; None: the files beside the model, or bytes for a model of 256 tokens.
+        tokenizer: directory, Hub name or tokenizer; None: files beside the model, or bytes for a model of 256 tokens.
         device: "cuda", "cpu", ...; None: CUDA if there is one.
         dtype: of the weights, e.g. "bfloat16"; "auto": as stored.
         peft: directory of an adapter of peft to put on the model.

@@ -8,19 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .. import state as trees
 from ..segments import Segments
 from ..state import State
 from .cache import StatewiseCache
 from .configuration import StatewiseConfig
 from .inputs import IGNORED, segments
 from .state_tuning import InitialState
-
-_PREFIX = "model."
 
 
 class StatewisePreTrainedModel(PreTrainedModel):
@@ -30,7 +26,7 @@ class StatewisePreTrainedModel(PreTrainedModel):
     config: StatewiseConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("ResidualBlock",)
+    _no_split_modules = ["ResidualBlock"]  # noqa: RUF012
     _supports_attention_backend = False
 
     @property
@@ -47,39 +43,45 @@ class StatewisePreTrainedModel(PreTrainedModel):
     def init_state(self, batch: int, **options: Any) -> State:
         return self.core.init_state(batch, **options)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
+        before = self.core.embedding.num_embeddings
         embedding = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        rows = embedding.weight.shape[0]
-        if new_num_tokens is not None or rows != self.core.embedding.num_embeddings:
-            self._set_vocab_size(rows)
+        rows = embedding.num_embeddings
+        if new_num_tokens is not None or rows != before:
+            # All rows are tokens now.
+            self.core.vocab_size = rows
+            for options in (self.core.config, self.config.options):
+                options["vocab_size"] = rows
+                if "pad_vocab_to" in options:
+                    options["pad_vocab_to"] = 1
         return embedding
-
-    def _set_vocab_size(self, size: int) -> None:
-        """All rows of the embedding are tokens now."""
-        self.core.vocab_size = size
-        for options in (self.core.config, self.config.options):
-            options["vocab_size"] = size
-            if "pad_vocab_to" in options:
-                options["pad_vocab_to"] = 1
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, but weights that are missing or left over are an error that names them.
 
         `ignore_mismatched_sizes=True` gives missing and wrongly shaped weights random values, as in transformers.
+        Pickled weights are read only with `use_safetensors=False`, and then without running what is in them.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        kwargs = {"use_safetensors": True, **kwargs, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, info = loaded
         object.__setattr__(model.base_model, "_fresh", None)
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise ValueError(
+                "device_map: want one device, e.g. 'cuda:0': blocks are not called as modules, so the hooks that would "
+                f"move tensors between devices do not run; got {model.hf_device_map}"
+            )
         if kwargs.get("state_dict") is None and not kwargs.get("ignore_mismatched_sizes", False):
             problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
             problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
             if problems:
                 shown = "\n  ".join(problems[:20])
                 more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
-                raise ValueError(f"{pretrained_model_name_or_path}: the weights do not fit this model:\n  {shown}{more}")
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: the weights do not fit this model:\n  {shown}{more}"
+                )
         return (model, info) if wants_info else model
 
 
@@ -91,15 +93,19 @@ class StatewiseModel(StatewisePreTrainedModel):
         core: a model of ours to wrap; None builds a new one.
     """
 
-    def __init__(self, config: StatewiseConfig, core: nn.Module | None = None):
+    _core: Any
+    _initial: InitialState | None
+    _fresh: dict[str, nn.Module] | None
+
+    def __init__(self, config: StatewiseConfig, core: Any = None):
         super().__init__(config)
         core = config.build() if core is None else core
         config.options = copy.deepcopy(core.config)  # with what was left to defaults
         missing = [name for name in ("embed", "trunk", "head", "embedding") if not hasattr(core, name)]
         if missing:
             raise ValueError(
-                f"architecture {config.architecture!r} is not a language model with embed, trunk and head, so it cannot "
-                "be one of transformers; use it as it is"
+                f"architecture {config.architecture!r} is not a language model with embed, trunk and head, so it "
+                "cannot be one of transformers; use it as it is"
             )
         # One tree of modules with two faces. Both hold the same dictionaries, so that weights have the same names in
         # both, and a module that is replaced in one (by an adapter, by a quantiser) is replaced in the other.
@@ -128,6 +134,7 @@ class StatewiseModel(StatewisePreTrainedModel):
             # The constructor drew on the meta device, so a second model has to draw.
             with torch.device("cpu"):
                 object.__setattr__(self, "_fresh", dict(self.config.build().named_modules()))
+        assert self._fresh is not None
         drawn = self._fresh[next(name for name, m in self.named_modules() if m is module)].state_dict()
         for name, t in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if not getattr(t, "_is_hf_initialized", False):
@@ -162,7 +169,7 @@ class StatewiseModel(StatewisePreTrainedModel):
             output_hidden_states: also return what enters each block, and the features.
             logits_to_keep: how many last positions a caller may want to take back (see `StatewiseCache.advance`).
         """
-        cache = _cache_of(cache, kwargs)
+        cache = cache_of(cache, kwargs)
         _check_rest(type(self).__name__, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: want exactly one of the two")
@@ -197,7 +204,7 @@ class StatewiseModel(StatewisePreTrainedModel):
             cache=cache if use_cache else None,
             hidden_states=tuple(streams) if output_hidden_states else None,
         )
-        return output if _as_dict(return_dict, self.config) else output.to_tuple()
+        return output if as_dict(return_dict, self.config) else output.to_tuple()
 
     def _trunk(
         self, x: Tensor, state: State, seg: Segments | None, *, every: bool = False, checkpointed: bool = False
@@ -217,163 +224,11 @@ class StatewiseModel(StatewisePreTrainedModel):
         return [*entered, features], state
 
 
-class StatewiseForCausalLM(StatewisePreTrainedModel, GenerationMixin):
-    """A language model of ours with `generate`, a loss and all else that transformers asks for.
-
-    Files written by `save_pretrained` are read by `statewise.load` as well, and the other way round.
-    """
-
-    def __init__(self, config: StatewiseConfig, core: nn.Module | None = None):
-        super().__init__(config)
-        self.model = StatewiseModel(config, core)
-        self.initial_state: InitialState | None = None
-        if config.initial_state:
-            self._attach(InitialState(self.core.init_state(1)))
-        self.register_load_state_dict_pre_hook(_add_prefix)
-        self.post_init()
-
-    @classmethod
-    def wrap(cls, model: nn.Module) -> StatewiseForCausalLM:
-        """Around a model of `statewise.load` or `statewise.create_model`: the same modules and weights, no copy."""
-        if not hasattr(model, "architecture") or not hasattr(model, "config"):
-            raise TypeError(f"model: want a model of statewise.load or create_model, got {type(model).__name__}")
-        wrapped = cls(StatewiseConfig(model.architecture, dict(model.config)), model)
-        return wrapped.train(model.training)
-
-    @property
-    def core(self) -> Any:
-        return self.model.core
-
-    def tune_state(self, start: State = None) -> StatewiseForCausalLM:
-        """Freeze all weights and learn the state before the first token instead, from `start` (one row) or from zeros.
-
-        The learned state is saved with the model. `learned_state()` gives it for use with any other way to run it.
-        """
-        self.requires_grad_(False)
-        self._attach(InitialState(self.core.init_state(1) if start is None else start))
-        self.config.initial_state = True
-        return self
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, InitialState):
-            for p in module.parameters():
-                p.zero_()
-
-    def _attach(self, initial: InitialState) -> None:
-        # The trunk sees it but does not hold it: it is no weight of the model of ours.
-        self.initial_state = initial.to(self.device)
-        object.__setattr__(self.model, "_initial", self.initial_state)
-
-    def learned_state(self) -> State:
-        """The state of `tune_state`, a tree of one row, e.g. for `statewise.state.save`."""
-        if self.initial_state is None:
-            raise ValueError("no state was tuned; call tune_state() and train first")
-        return trees.clone(trees.detach(self.initial_state(self.core.init_state(1))))
-
-    def get_output_embeddings(self) -> nn.Linear:
-        head = self.core.lm_head
-        if head is not None and head.weight.shape[0] == self.core.vocab_size:
-            return head
-        return _Head(self.core)
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        if self.core.lm_head is not None:
-            self.core.lm_head = value
-        elif value.weight.shape != self.core.embedding.weight.shape:
-            raise ValueError(
-                "the output head is the embedding (tie_embeddings=True): want a layer with a weight "
-                f"{tuple(self.core.embedding.weight.shape)} to be tied to it, got {tuple(value.weight.shape)}"
-            )
-
-    def settle(self, cache: StatewiseCache) -> StatewiseCache:
-        """Run what waits in a cache after `crop`, so that `cache.state` can be read."""
-        return self.model.settle(cache)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; weights get the names that they have in the model of ours."""
-        given = kwargs.pop("state_dict", None)
-        weights = self.state_dict() if given is None else given
-        plain = {name.removeprefix(_PREFIX): t for name, t in weights.items()}
-        super().save_pretrained(save_directory, *args, state_dict=plain, **kwargs)
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: StatewiseCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        seq_idx: Tensor | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
-        """Logits (B, L, V) and, with `labels` (B, L), the loss of each next token; labels of -100 do not count.
-
-        Args:
-            logits_to_keep: logits of the last n positions only (0: of all), or of the given positions.
-            kwargs: `num_items_in_batch` and others of the loss. See `StatewiseModel.forward` for the rest.
-        """
-        of_loss = {name: kwargs.pop(name) for name in _LOSS_OPTIONS if name in kwargs}
-        base = self.model(
-            input_ids, attention_mask, position_ids, _cache_of(cache, kwargs), inputs_embeds, use_cache,
-            output_hidden_states, True, seq_idx, cu_seq_lens_q, logits_to_keep, **kwargs,
-        )  # fmt: skip
-        logits = self.core.head(slice_logits_to_keep(base.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None or of_loss.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.core.vocab_size, **of_loss)
-        output = CausalLMOutputWithPast(
-            loss=loss, logits=logits, cache=base.cache, hidden_states=base.hidden_states, attentions=None
-        )
-        return output if _as_dict(return_dict, self.config) else output.to_tuple()
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        wanted = generation_config.cache_implementation
-        if wanted not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation: want None (the state of the model is the cache), got {wanted!r}")
-        given = model_kwargs.get("cache")
-        if given is None and generation_config.use_cache is not False:
-            model_kwargs["cache"] = StatewiseCache()
-        elif given is not None:
-            model_kwargs["cache"]._is_user_defined = True
-        if generation_config.is_assistant and model_kwargs.get("cache") is not None:
-            model_kwargs["cache"].activate_past_recording()
-
-
-_LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
-
-
-class _Head(nn.Linear):
-    """The output head as a linear layer of exactly V rows: a view of the embedding, or of a head with more rows."""
-
-    def __init__(self, core: Any):
-        nn.Module.__init__(self)
-        object.__setattr__(self, "_core", core)
-        self.in_features, self.out_features = core.embedding.weight.shape[1], core.vocab_size
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        holder = self._core.embedding if self._core.lm_head is None else self._core.lm_head
-        return holder.weight[: self.out_features]
-
-    @property
-    def bias(self) -> None:  # type: ignore[override]
-        return None
-
-
-def _as_dict(return_dict: bool | None, config: StatewiseConfig) -> bool:
+def as_dict(return_dict: bool | None, config: StatewiseConfig) -> bool:
     return bool(config.return_dict if return_dict is None else return_dict)
 
 
-def _cache_of(cache: Any, kwargs: dict[str, Any]) -> StatewiseCache | None:
+def cache_of(cache: Any, kwargs: dict[str, Any]) -> StatewiseCache | None:
     """The cache, also under its old name."""
     old = kwargs.pop("past_key_values", None)
     cache = old if cache is None else cache
@@ -388,10 +243,3 @@ def _check_rest(model: str, kwargs: dict[str, Any]) -> None:
         if name in IGNORED or name == "output_attentions" or value is None:
             continue
         raise TypeError(f"{model}: unexpected argument {name!r}")
-
-
-def _add_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Names of the model of ours, as in files, become names below `model`."""
-    ours = (prefix + _PREFIX, prefix + "initial_state.")
-    for name in [n for n in state_dict if n.startswith(prefix) and not n.startswith(ours)]:
-        state_dict[prefix + _PREFIX + name.removeprefix(prefix)] = state_dict.pop(name)

@@ -161,7 +161,7 @@ class LanguageModel(Causal, Pretrained):
     ) -> tuple[Tensor, LanguageState]:
         """All between the embeddings and the head: x (B, L, D) -> (normed features (B, L, D), state).
 
-        `run` runs one block. Another one may look at what enters and leaves a block, or compute it twice to save memory.
+        `run` runs one block. Another one may look at what enters a block, or compute it twice to save memory.
         """
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
