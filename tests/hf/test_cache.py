@@ -44,9 +44,9 @@ def test_positions_are_taken_back(model, chunks, back):
     x = tokens(2, sum(chunks))
     cache = StatewiseCache()
     cache.activate_past_recording()
-    at = 0
+    at, whole = 0, model(x).logits
     for n in chunks:
-        model(x[:, at : at + n], cache=cache)
+        assert_agree(model(x[:, at : at + n], cache=cache).logits, whole[:, at : at + n], "while recording", at + n)
         at += n
     cache.crop(-back)
     assert cache.get_seq_length() == at - back
@@ -60,34 +60,64 @@ def test_positions_are_taken_back(model, chunks, back):
     assert_agree(model(more, cache=cache).logits, truth, "after crop, crop and reorder", at)
 
 
+def test_padded_rows_are_taken_back_and_change_places(model):
+    x, guess, more = tokens(3, 6), tokens(3, 5), tokens(3, 2)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+    cache, order = StatewiseCache(), torch.tensor([2, 0, 1])
+    cache.activate_past_recording()
+    model(x, attention_mask=mask, cache=cache)
+    model(guess, cache=cache)
+    cache.reorder_cache(order)  # what crop goes back to changes places too
+    cache.crop(-3)
+    got = model(more, cache=cache).logits
+    for row, source in enumerate(order.tolist()):
+        text = torch.cat([x[source][mask[source] > 0], guess[source, :2], more[row]])[None]
+        assert_agree(got[row : row + 1], model(text).logits[:, -2:], f"row {row}", 13)
+    cache.crop(-5)  # into the padded prompt
+    got = model(more, cache=cache).logits
+    for row, source in enumerate(order.tolist()):
+        text = torch.cat([x[source, :5][mask[source, :5] > 0], more[row]])[None]
+        assert_agree(got[row : row + 1], model(text).logits[:, -2:], f"row {row}, in the prompt", 13)
+
+
+def test_a_state_that_is_consumed_is_kept_as_a_copy():
+    def add(x, state, seg):
+        return [x], (x.sum(1) if state is None else state.add_(x.sum(1)))
+
+    cache = StatewiseCache(torch.zeros(1, 1))
+    cache.activate_past_recording()
+    for value in (1.0, 2.0, 3.0):
+        cache.advance(add, torch.full((1, 1, 1), value))
+    cache.crop(-2)
+    cache.advance(add, torch.full((1, 1, 1), 4.0))
+    cache.crop(-1)
+    cache.advance(add, torch.full((1, 1, 1), 5.0))
+    assert cache.state.item() == 6
+
+
 def test_rounds_of_guessing(model):
-    """Many rounds of: run five positions, keep some. What waits is run once, not again and again."""
-    kept, cache = tokens(1, 3), StatewiseCache()
+    """Many rounds of: run five positions, keep some. What was kept is run again a little later, not again and again."""
+    kept, cache, ran = tokens(1, 3), StatewiseCache(), []
     cache.activate_past_recording()
     model(kept, cache=cache)
-    longest, run = 0, model.model._trunk
-
-    def watch(x, *args, **kwargs):
-        nonlocal longest
-        longest = max(longest, x.shape[1])
-        return run(x, *args, **kwargs)
-
-    model.model._trunk = watch
+    trunk = model.model._trunk
+    model.model._trunk = lambda x, *args, **kwargs: (ran.append(x.shape[1]), trunk(x, *args, **kwargs))[1]
     for accepted in (1, 5, 2, 3, 0, 4, 2, 2, 3, 1, 4, 4, 5, 1, 3):
         guess = tokens(1, 5)
+        ran.clear()
         logits = model(guess, cache=cache).logits
+        assert sum(ran) <= 25  # five, and what waits: up to fifteen and four more
         want = model(torch.cat([kept, guess], 1)).logits[:, -5:]
         assert_agree(logits, want, "guess", 60)
-        longest = 0 if longest > 40 else longest
         cache.crop(accepted - 5)
         kept = torch.cat([kept, guess[:, :accepted]], 1)
         assert cache.get_seq_length() == kept.shape[1]
-    # The comparison runs all tokens; calls with the cache run five and what waits.
-    assert len(cache._since) <= 1
-    state = model.settle(cache).state
-    whole = model(kept, use_cache=True).cache.state
+    state, whole = model.settle(cache).state, model(kept, use_cache=True).cache.state
     for (name, got), (_, want) in zip(trees.leaves(state), trees.leaves(whole)):
-        assert_agree(got, want, name, 60) if got.dtype != torch.bool else None
+        if got.dtype == torch.bool:
+            assert torch.equal(got, want)
+        else:
+            assert_agree(got, want, name, 60)
 
 
 def test_accepting_frees_what_was_kept(model):

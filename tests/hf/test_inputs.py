@@ -88,6 +88,10 @@ def test_positions():
         1, 6, attention_mask=torch.tensor([[0, 1, 1, 0, 1, 1]]), position_ids=torch.tensor([[0, 0, 1, 1, 0, 1]])
     )
     assert got.position[0][got.valid[0]].tolist() == [0, 1, 0, 1]
+    inside = segments(
+        1, 4, attention_mask=torch.tensor([[1, 1, 0, 1]]), position_ids=torch.tensor([[0, 1, 0, 2]])
+    )  # fmt: skip
+    assert inside.position[0][inside.valid[0]].tolist() == [0, 1, 2]
     going_on = segments(1, 3, seq_idx=torch.tensor([[5, 5, 6]]), seen=4)
     assert going_on.position.tolist() == [[1, 2, 0]]
     tuned = segments(2, 3, attention_mask=torch.tensor([[0, 1, 1], [1, 1, 1]]), fresh=False)
