@@ -60,12 +60,15 @@ def test_positions_are_taken_back(model, chunks, back):
     assert_agree(model(more, cache=cache).logits, truth, "after crop, crop and reorder", at)
 
 
-def test_padded_rows_are_taken_back_and_change_places(model):
+@pytest.mark.parametrize("accepted", [True, False])
+def test_padded_rows_are_taken_back_and_change_places(model, accepted):
     x, guess, more = tokens(3, 6), tokens(3, 5), tokens(3, 2)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
     cache, order = StatewiseCache(), torch.tensor([2, 0, 1])
     cache.activate_past_recording()
     model(x, attention_mask=mask, cache=cache)
+    if accepted:
+        cache.crop(0)  # from here a state is kept, not only inputs
     model(guess, cache=cache)
     cache.reorder_cache(order)  # what crop goes back to changes places too
     cache.crop(-3)
@@ -73,6 +76,8 @@ def test_padded_rows_are_taken_back_and_change_places(model):
     for row, source in enumerate(order.tolist()):
         text = torch.cat([x[source][mask[source] > 0], guess[source, :2], more[row]])[None]
         assert_agree(got[row : row + 1], model(text).logits[:, -2:], f"row {row}", 13)
+    if accepted:
+        return
     cache.crop(-5)  # into the padded prompt
     got = model(more, cache=cache).logits
     for row, source in enumerate(order.tolist()):
