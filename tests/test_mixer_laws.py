@@ -7,22 +7,43 @@ from functools import partial
 import pytest
 
 from statewise import mixers
-from statewise.blocks import GatedMLP, ResidualBlock
+from statewise.blocks import GatedMLP, MoE, ResidualBlock
 from statewise.testing import module_laws
 
 D = 8
 
 # Each registered mixer has at least one entry (a test below sees to it).
 OPTIONS: dict[str, list[dict]] = {
-    "attention": [{"n_heads": 2}, {"n_heads": 4, "n_kv_heads": 2, "window": 4}, {"rope": False, "bias": True}],
-    "mamba": [{"d_state": 4}, {"d_state": 3, "d_conv": 1, "expand": 1, "bias": True, "conv_bias": False}],
+    "attention": [
+        {"n_heads": 2},
+        {"n_heads": 4, "n_kv_heads": 2, "window": 4},
+        {"rope": False, "bias": True},
+        {"n_heads": 2, "rope_dim": 2, "scale": 0.7, "out_bias": True},
+        {"n_heads": 2, "n_kv_heads": 1, "d_conv": 3},
+    ],
+    "mamba": [
+        {"d_state": 4},
+        {"d_state": 4, "coefficient_norm": "rms"},
+        {"d_state": 4, "coefficient_norm": "unit"},
+        {"d_state": 3, "d_conv": 1, "expand": 1, "bias": True, "conv_bias": False},
+    ],
     "mamba2": [
         {"d_state": 4, "head_dim": 4},
         {"d_state": 3, "head_dim": 4, "n_groups": 2, "chunk_size": 5, "dt_limit": (0.001, 0.1)},
+        {"d_state": 3, "head_dim": 3, "expand": 1.5, "n_groups": 2, "norm_before_gate": True, "dt_limit": (0.01, None)},
+        {"d_state": 3, "head_dim": 4, "rmsnorm": False, "bias": True, "scales": [0.5, 2.0, 0.7, 1.3, 0.9]},
     ],
+    "rglru": [{}, {"d_rnn": 12, "n_blocks": 3, "d_conv": 1, "a_range": (0.5, 0.9)}],
     "s4d": [{"d_state": 4}, {"d_state": 4, "init": "lin", "discretization": "bilinear", "n_ssm": 2, "train_b": True}],
     "s5": [{"d_state": 4}, {"d_state": 8, "blocks": 2, "discretization": "bilinear", "activation": "full_glu"}],
     "bidirectional_s5": [{"d_state": 4}, {"d_state": 4, "activation": "gelu", "c_init": "complex_normal"}],
+    "parallel": [
+        {
+            "mixers": [{"name": "mamba2", "d_state": 4, "head_dim": 4}, {"name": "attention", "n_heads": 2}],
+            "in_scales": [0.5, 2.0],
+            "out_scales": [1.5, 1.0],
+        },
+    ],
     "bidirectional": [
         {"mixer": "mamba2", "options": {"d_state": 4, "head_dim": 4}},
         {"mixer": {"name": "s4d", "d_state": 4}, "merge": "concat"},
@@ -37,6 +58,9 @@ def mamba2(**options):
 
 BLOCKS = {
     "residual": lambda: ResidualBlock(D, mamba2()),
+    "residual, with a mixture of experts": lambda: ResidualBlock(
+        D, mamba2(), MoE(D, 5, n_experts=4, top_k=2, shared_hidden=3), scale=0.5
+    ),
     "residual, with an MLP": lambda: ResidualBlock(D, mixers.create("attention", D, n_heads=2), GatedMLP(D, 16)),
 }
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from statewise.models.language import LanguageModel
+from statewise.models.language import LanguageModel, Zamba2
 from statewise.testing import module_laws
 
 VOCAB = 11
@@ -19,7 +19,31 @@ MODELS = {
     "mamba2": partial(LanguageModel, VOCAB, 8, 2, mixer=MAMBA2, pad_vocab_to=8),
     "s4d": partial(LanguageModel, VOCAB, 8, 1, mixer={"name": "s4d", "d_state": 4}),
     "s5": partial(LanguageModel, VOCAB, 8, 1, mixer={"name": "s5", "d_state": 4}, tie_embeddings=False),
+    "moe": partial(
+        LanguageModel,
+        VOCAB,
+        8,
+        2,
+        mixer=[MAMBA2, ATTENTION],
+        residual_scale=0.5,
+        logit_scale=0.25,
+        mlp=[{"name": "moe", "hidden": 5, "n_experts": 3, "top_k": 2, "renormalise": False}, None],
+    ),
     "hybrid": partial(LanguageModel, VOCAB, 8, 3, mixer=[MAMBA2, MAMBA, ATTENTION], d_intermediate=12),
+    "zamba2": partial(
+        Zamba2,
+        VOCAB,
+        8,
+        4,
+        shared_at=[1, 2, 3],
+        n_shared=2,
+        mixer=MAMBA2,
+        n_heads=4,
+        d_intermediate=12,
+        rank=2,
+        attention_rank=2,
+        rope=True,
+    ),
 }
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .models import create_model, list_models, load
+    from .interop.checkpoints import load
+    from .models import create_model, list_models
     from .ops._deterministic import deterministic
     from .segments import Segments
 
@@ -20,9 +21,21 @@ _LAZY = {
     "create_model": "models",
     "deterministic": "ops._deterministic",
     "list_models": "models",
-    "load": "models",
+    "load": "interop.checkpoints",
 }
-_MODULES = ("blocks", "inference", "maths", "mixers", "models", "ops", "recipes", "state", "testing", "training")
+_MODULES = (
+    "blocks",
+    "inference",
+    "interop",
+    "maths",
+    "mixers",
+    "models",
+    "ops",
+    "recipes",
+    "state",
+    "testing",
+    "training",
+)
 
 
 def __getattr__(name: str) -> Any:

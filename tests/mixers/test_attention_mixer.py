@@ -18,6 +18,7 @@ OPTIONS = [
     {"n_heads": 4, "n_kv_heads": 1, "head_dim": 6, "bias": True},
     {"window": 3},
     {"rope": False},
+    {"n_heads": 2, "rope_dim": 4, "scale": 0.9},
 ]
 
 
@@ -76,6 +77,14 @@ def test_rotary_scores_depend_on_distance_only():
     assert torch.equal(rotate(q, torch.tensor([[0]]), 10000.0), q)
 
 
+def test_partial_rotary_turns_the_first_channels_only():
+    x, position = normal(2, 5, 3, 8), torch.arange(5).expand(2, 5)
+    y = rotate(x, position, 100.0, 4)
+    assert torch.equal(y[..., 4:], x[..., 4:])
+    assert torch.equal(y[..., :4], rotate(x[..., :4], position, 100.0))
+    assert torch.equal(rotate(x, position, 100.0, 8), rotate(x, position, 100.0))
+
+
 def test_rotary_agrees_with_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     config = pytest.importorskip("transformers").LlamaConfig(
@@ -131,6 +140,8 @@ def test_default_heads(d_model, heads, size):
         ({"head_dim": 5}, "head_dim: want an even number"),
         ({"window": 0}, "window: want at least 1"),
         ({"rope_theta": 0.0}, "rope_theta: want a positive base"),
+        ({"n_heads": 2, "rope_dim": 3}, "rope_dim: want an even number up to head_dim = 8, got 3"),
+        ({"n_heads": 2, "rope_dim": 10}, "rope_dim: want an even number up to head_dim = 8, got 10"),
     ],
 )
 def test_bad_options(options, message):

@@ -1,4 +1,4 @@
-"""Running a mixer from both ends of every document."""
+"""Mixers made of mixers: from both ends of every document, and side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from statewise import Segments, mixers
-from statewise.mixers import Bidirectional
+from statewise.mixers import Bidirectional, Parallel
 from statewise.testing.tolerance import assert_agree
 
 F64 = torch.float64
@@ -92,3 +92,26 @@ def test_default_is_mamba2():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         Bidirectional(8, **options)
+
+
+def test_side_by_side():
+    mixer = Parallel(8, ["mamba", {"name": "attention", "n_heads": 2}], in_scales=[3, 1], out_scales=[1, -0.5]).double()
+    x = normal(2, 7, 8)
+    mamba, attention = mixer.branches
+    assert_agree(mixer(x), mamba(3 * x) - 0.5 * attention(x), "y", 7)
+    _, state = mixer.extend(x, mixer.init_state(2, capacity=9, dtype=F64))
+    assert state[1].k.shape[1] == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixers": []}, "mixers: want a list of at least one mixer"),
+        ({"mixers": "mamba"}, "mixers: want a list of at least one mixer, got 'mamba'"),
+        ({"mixers": ["mamba", "bidirectional"]}, "want causal mixers, and 'bidirectional' is not"),
+        ({"mixers": ["mamba", "attention"], "in_scales": [1.0]}, "in_scales: want one factor for each of 2 mixers"),
+    ],
+)
+def test_bad_branches(options, message):
+    with pytest.raises(ValueError, match=message):
+        Parallel(8, **options)

@@ -12,27 +12,48 @@ from ..state import State
 
 
 class ResidualBlock(Causal):
-    """x + mixer(norm(x)), then x + mlp(norm2(x)) if there is an MLP. Causal, with the mixer's own state.
+    """x + scale * mixer(norm(x)), then x + scale * mlp(norm2(x)); one may be missing. Causal, with the mixer's state.
 
     The stream x may be kept in float32 (see `LanguageModel.residual_in_fp32`): the mixer sees it in the dtype of the
     norm's weight, and its output is added in the dtype of the stream.
 
-    Source: Mamba (arXiv 2312.00752), section 3.4; equal to "Add, Norm, Mixer" there, counted from the other end.
+    Source: Mamba (arXiv 2312.00752), section 3.4; equal to "Add, Norm, Mixer" there, counted from the other end. Scale:
+    the residual multiplier of Granite (arXiv 2408.13359).
     """
 
-    def __init__(self, d_model: int, mixer: CausalMixer, mlp: nn.Module | None = None, *, norm_eps: float = 1e-5):
+    def __init__(
+        self,
+        d_model: int,
+        mixer: CausalMixer | None,
+        mlp: nn.Module | None = None,
+        *,
+        norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
+        scale: float = 1.0,
+    ):
         super().__init__()
-        self.norm = RMSNorm(d_model, norm_eps)
+        if mixer is None and mlp is None:
+            raise ValueError("ResidualBlock: mixer: want a mixer, a feed-forward part or both, got neither")
+        self.scale = scale
+        self.norm = None if mixer is None else RMSNorm(d_model, norm_eps, norm_offset)
         self.mixer = mixer
-        self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps)
+        self.norm2 = None if mlp is None else RMSNorm(d_model, norm_eps, norm_offset)
         self.mlp = mlp
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> State:
+        if self.mixer is None:
+            return ()
         return self.mixer.init_state(batch, capacity=capacity, device=device, dtype=dtype)
 
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + (y if self.scale == 1 else y * self.scale).to(x.dtype)
+
     def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
-        y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
-        x = x + y.to(x.dtype)
+        if self.mixer is None or self.norm is None:
+            state = ()
+        else:
+            y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
+            x = self._add(x, y)
         if self.mlp is not None and self.norm2 is not None:
-            x = x + self.mlp(self.norm2(x.to(self.norm2.weight.dtype))).to(x.dtype)
+            x = self._add(x, self.mlp(self.norm2(x.to(self.norm2.weight.dtype))))
         return x, state

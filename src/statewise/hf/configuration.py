@@ -53,6 +53,8 @@ class StatewiseConfig(PreTrainedConfig):
     vocab_size = _entry("vocab_size", "Number of tokens.")
     hidden_size = _entry("d_model", "Width of the model.")
     num_hidden_layers = _entry("n_layer", "Number of blocks.")
+    logit_scale = _entry("logit_scale", "Factor on logits.")
+    final_logit_softcapping = _entry("logit_cap", "Logits become cap * tanh(logits / cap).")
     tie_word_embeddings = _entry("tie_embeddings", "The output head uses the weight of the embedding.")
 
     def __init__(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from ..models.language.causal_lm import CausalLM, Layer
 from ..segments import Segments
 from ..state import State
 from .cache import StatewiseCache
@@ -100,13 +101,9 @@ class StatewiseModel(StatewisePreTrainedModel):
     def __init__(self, config: StatewiseConfig, core: Any = None):
         super().__init__(config)
         core = config.build() if core is None else core
+        if not isinstance(core, CausalLM):
+            raise ValueError(f"architecture {config.architecture!r} is not a causal language model; use it as it is")
         config.options = copy.deepcopy(core.config)  # with what was left to defaults
-        missing = [name for name in ("embed", "trunk", "head", "embedding") if not hasattr(core, name)]
-        if missing:
-            raise ValueError(
-                f"architecture {config.architecture!r} is not a language model with embed, trunk and head, so it "
-                "cannot be one of transformers; use it as it is"
-            )
         # One tree of modules with two faces. Both hold the same dictionaries, so that weights have the same names in
         # both, and a module that is replaced in one (by an adapter, by a quantiser) is replaced in the other.
         self._modules, self._parameters, self._buffers = core._modules, core._parameters, core._buffers
@@ -212,13 +209,12 @@ class StatewiseModel(StatewisePreTrainedModel):
         """What enters each block (if `every`) and the features; and the state after."""
         entered = []
 
-        def run(block: Any, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
+        def run(layer: Layer, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
             if every:
                 entered.append(x)
             if checkpointed:
-                # Training that recomputes keeps no state.
-                return self._gradient_checkpointing_func(lambda x: block._run(x, state, seg)[0], x), None
-            return block._run(x, state, seg)
+                return self._gradient_checkpointing_func(lambda x: layer(x, state, seg), x)
+            return layer(x, state, seg)
 
         features, state = self._core.trunk(x, state, seg, run)
         return [*entered, features], state

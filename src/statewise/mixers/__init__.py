@@ -16,14 +16,17 @@ _MIXERS: dict[str, tuple[str, str]] = {
     "attention": ("attention", "Attention"),
     "mamba": ("mamba", "Mamba"),
     "mamba2": ("mamba2", "Mamba2"),
+    "rglru": ("rglru", "RGLRU"),
     "s4d": ("s4d", "S4D"),
     "s5": ("s5", "S5"),
     "bidirectional_s5": ("s5", "BidirectionalS5"),
+    "parallel": ("compose", "Parallel"),
     "bidirectional": ("compose", "Bidirectional"),
 }
 _CLASSES = {cls: module for module, cls in _MIXERS.values()}
 
 __all__ = [
+    "RGLRU",
     "S4D",
     "S5",
     "Attention",
@@ -36,6 +39,7 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mixing",
+    "Parallel",
     "SequenceMixer",
     "create",
     "mixer_class",

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from ..ops.attention import KVBuffer, KVState, attention, attention_cache, attention_matrix, attention_positions
+from ..ops.short_conv import short_conv
 from ..segments import Segments
+from ..state import exportable
 from .base import CausalMixer, HasMixing, Mixing, check_input
+from .layers import ShortConv
+
+Cache = KVState | KVBuffer
 
 
-def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary position embedding of x (B, L, H, P) at `position` (B, L): channel i is paired with channel i + P/2.
+@exportable
+class ConvKVState(NamedTuple):
+    conv: Tensor  # (B, K-1, (H + 2 Hk) P): last valid inputs of the convolution, oldest first
+    cache: Cache
 
-    The angle of pair i is position * theta^(-2 i / P), computed in float32 whatever the dtype of x.
+
+def rotate(x: Tensor, position: Tensor, theta: float, dim: int | None = None) -> Tensor:
+    """Rotary position embedding of x (B, L, H, P) at `position` (B, L): channel i is paired with channel i + R/2.
+
+    The angle of pair i is position * theta^(-2 i / R), computed in float32 whatever the dtype of x. R = `dim`: only
+    the first R channels turn; None: all P.
     """
+    if dim is not None and dim < x.shape[-1]:
+        return torch.cat([rotate(x[..., :dim], position, theta), x[..., dim:]], -1)
     half = x.shape[-1] // 2
     rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -35,9 +51,13 @@ class Attention(CausalMixer, HasMixing):
         window: attend only to the last `window` tokens, the current one included; None: to all.
         rope: rotary positions on queries and keys.
         rope_theta: base of the rotary frequencies, > 0.
-        bias: of the projections.
+        rope_dim: R, even: only the first R channels of a head turn; None: all.
+        scale: factor on the scores; None: 1 / sqrt(P).
+        bias: of the projections. out_bias: of the output projection; None: as `bias`.
+        d_conv: K, width of a causal convolution over queries, keys and values, 1 to 8; 0: none.
 
-    The state is a cache of keys and values: it grows, unless `init_state` is given a capacity. Positions are counted in
+    The state is a cache of keys and values: it grows, unless `init_state` is given a capacity. With a convolution its
+    last inputs stand beside the cache. Positions are counted in
     valid tokens of a document, so padding and packing change nothing.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762); grouped heads: Ainslie et al. 2023 (arXiv 2305.13245); rotary
@@ -54,7 +74,11 @@ class Attention(CausalMixer, HasMixing):
         window: int | None = None,
         rope: bool = True,
         rope_theta: float = 10000.0,
+        rope_dim: int | None = None,
+        scale: float | None = None,
         bias: bool = False,
+        out_bias: bool | None = None,
+        d_conv: int = 0,
     ):
         super().__init__()
         if n_heads is None:
@@ -68,56 +92,72 @@ class Attention(CausalMixer, HasMixing):
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(f"Attention: n_kv_heads: want a divisor of n_heads = {n_heads}, got {n_kv_heads}")
         head_dim = d_model // n_heads if head_dim is None else head_dim
-        if head_dim < 1 or (rope and head_dim % 2):
+        rotated = head_dim if rope_dim is None else rope_dim
+        if head_dim < 1 or (rope and rope_dim is None and head_dim % 2):
             raise ValueError(f"Attention: head_dim: want an even number for rope=True (or rope=False), got {head_dim}")
+        if not 0 < rotated <= head_dim or (rope and rotated % 2):
+            raise ValueError(f"Attention: rope_dim: want an even number up to head_dim = {head_dim}, got {rope_dim}")
         if window is not None and window < 1:
             raise ValueError(f"Attention: window: want at least 1 token, or None, got {window}")
         if rope_theta <= 0:
             raise ValueError(f"Attention: rope_theta: want a positive base, got {rope_theta}")
         self.d_model, self.n_heads, self.n_kv_heads, self.head_dim = d_model, n_heads, n_kv_heads, head_dim
-        self.window, self.rope, self.rope_theta = window, rope, rope_theta
+        self.window, self.scale = window, scale
+        self.rope, self.rope_theta, self.rope_dim = rope, rope_theta, rotated
         self.q_proj = nn.Linear(d_model, n_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
+        self.out_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias if out_bias is None else out_bias)
+        self.conv1d = ShortConv((n_heads + 2 * n_kv_heads) * head_dim, d_conv) if d_conv else None
 
-    def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> KVState | KVBuffer:
+    def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> Cache | ConvKVState:
         device = self._device() if device is None else device
         if capacity is not None and self.window is not None:
             # More than the window is never looked at.
             capacity = min(capacity, max(1, self.window - 1))
-        return attention_cache(batch, self.n_kv_heads, self.head_dim, capacity=capacity, device=device, dtype=dtype)
+        cache = attention_cache(batch, self.n_kv_heads, self.head_dim, capacity=capacity, device=device, dtype=dtype)
+        if self.conv1d is None:
+            return cache
+        channels, width = self.conv1d.weight.shape
+        return ConvKVState(torch.zeros(batch, width - 1, channels, device=device, dtype=dtype), cache)
 
     def _project(
-        self, x: Tensor, state: KVState | KVBuffer | None, seg: Segments | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        self, x: Tensor, state: Cache | ConvKVState | None, seg: Segments | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values as they are attended with, and the state of the convolution if there is one."""
+        conv, cache = state if isinstance(state, ConvKVState) else (None, state)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv1d is not None:
+            qkv, conv = short_conv(torch.cat([q, k, v], -1), self.conv1d.weight, self.conv1d.bias, state=conv, seg=seg)
+            q, k, v = qkv.split((q.shape[-1], k.shape[-1], v.shape[-1]), -1)
+        q = q.unflatten(-1, (self.n_heads, self.head_dim))
+        k = k.unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v = v.unflatten(-1, (self.n_kv_heads, self.head_dim))
         if self.rope:
-            position = attention_positions(state, seg, x.shape[0], x.shape[1], x.device)
-            q, k = rotate(q, position, self.rope_theta), rotate(k, position, self.rope_theta)
-        return q, k, v
+            position = attention_positions(cache, seg, x.shape[0], x.shape[1], x.device)
+            q, k = (rotate(t, position, self.rope_theta, self.rope_dim) for t in (q, k))
+        return q, k, v, conv
 
     def _emit(self, y: Tensor, seg: Segments | None) -> Tensor:
         y = self.out_proj(y.flatten(-2))
         return y if seg is None else seg.mask(y)
 
     def _run(
-        self, x: Tensor, state: KVState | KVBuffer | None, seg: Segments | None
-    ) -> tuple[Tensor, KVState | KVBuffer]:
+        self, x: Tensor, state: Cache | ConvKVState | None, seg: Segments | None
+    ) -> tuple[Tensor, Cache | ConvKVState]:
         check_input(self, x, self.d_model)
         if seg is not None:
             x = seg.mask(x)
-        q, k, v = self._project(x, state, seg)
-        y, state = attention(q, k, v, state=state, seg=seg, window=self.window)
-        return self._emit(y, seg), state
+        q, k, v, conv = self._project(x, state, seg)
+        cache = state.cache if isinstance(state, ConvKVState) else state
+        y, cache = attention(q, k, v, state=cache, seg=seg, window=self.window, scale=self.scale)
+        return self._emit(y, seg), cache if conv is None else ConvKVState(conv, cache)
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)
         if seg is not None:
             x = seg.mask(x)
-        q, k, v = self._project(x, None, seg)
-        dense = attention_matrix(q, k, seg=seg, window=self.window)
+        q, k, v, _ = self._project(x, None, seg)
+        dense = attention_matrix(q, k, seg=seg, window=self.window, scale=self.scale)
         v = v.repeat_interleave(self.n_heads // self.n_kv_heads, 2)
         return Mixing(dense, v, lambda y: self._emit(y, seg))

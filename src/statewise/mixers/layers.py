@@ -6,31 +6,56 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
+from ..ops._checks import compute_dtype
 from ..ops.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
-    """`ops.norm.rms_norm` with a weight (D,), initialised to ones."""
+    """`ops.norm.rms_norm` with the weight (D,) + `offset`, initialised so that the sum is one.
 
-    def __init__(self, d_model: int, eps: float = 1e-5):
+    An offset of 1 (as in Gemma) makes weight decay pull towards the plain norm.
+    """
+
+    def __init__(self, d_model: int, eps: float = 1e-5, offset: float = 0.0):
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((d_model,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        if self.offset == 0:
+            return rms_norm(x, self.weight, self.eps)
+        # The sum is taken where half precision does not round it.
+        weight = self.weight.to(compute_dtype(self.weight)) + self.offset
+        return rms_norm(x, weight, self.eps)
+
+
+class UnitRMSNorm(nn.Module):
+    """`ops.norm.rms_norm` without a weight."""
+
+    def __init__(self, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, None, self.eps)
 
 
 class GatedRMSNorm(nn.Module):
-    """`ops.norm.gated_rms_norm` with a weight (D,), initialised to ones; statistics per group of channels."""
+    """`ops.norm.gated_rms_norm` with a weight (D,), initialised to ones; statistics per group of channels.
 
-    def __init__(self, d_model: int, groups: int = 1, eps: float = 1e-5):
+    With `norm_before_gate`, rms_norm(x) * silu(z) instead of rms_norm(x * silu(z)).
+    """
+
+    def __init__(self, d_model: int, groups: int = 1, eps: float = 1e-5, *, norm_before_gate: bool = False):
         super().__init__()
-        self.eps, self.groups = eps, groups
+        self.eps, self.groups, self.norm_before_gate = eps, groups, norm_before_gate
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        if self.norm_before_gate:
+            return rms_norm(x, self.weight, self.eps, self.groups) * silu(z)
         return gated_rms_norm(x, z, self.weight, self.eps, self.groups)
 
 
@@ -39,6 +64,13 @@ class StepProjection(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight)
+
+
+class Gate(nn.Module):
+    """x * silu(z): what is left of `GatedRMSNorm` without its norm."""
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return x * silu(z)
 
 
 class ShortConv(nn.Module):

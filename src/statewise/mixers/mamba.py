@@ -15,7 +15,7 @@ from ..ops.short_conv import short_conv
 from ..segments import Segments
 from ..state import exportable
 from .base import CausalMixer, HasMixing, Mixing, check_input
-from .layers import ShortConv, StepProjection
+from .layers import RMSNorm, ShortConv, StepProjection, UnitRMSNorm
 
 
 @exportable
@@ -36,10 +36,14 @@ class Mamba(CausalMixer, HasMixing):
         dt_min, dt_max, dt_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least dt_floor.
         dt_scale: the step projection starts uniform in +-dt_scale / sqrt(dt_rank).
         bias, conv_bias: of the projections, of the convolution.
+        coefficient_norm: "rms" or "unit": an RMS norm, with or without weights, on each of B, C and the bottleneck of
+            the step size; None: none.
+        norm_eps: of these norms.
 
     The state matrix starts as A[c, n] = -(n + 1) (S4D-Real).
 
-    Source: Gu & Dao 2023, "Mamba" (arXiv 2312.00752), algorithm 2 and section 3.4.
+    Source: Gu & Dao 2023, "Mamba" (arXiv 2312.00752), algorithm 2 and section 3.4; norms of the coefficients: Jamba
+    (arXiv 2403.19887), without weights: Falcon Mamba (arXiv 2410.05355).
     """
 
     dynamics: ClassVar[frozenset[str]] = frozenset({"A_log", "D", "dt_proj.bias"})
@@ -58,8 +62,12 @@ class Mamba(CausalMixer, HasMixing):
         dt_scale: float = 1.0,
         bias: bool = False,
         conv_bias: bool = True,
+        coefficient_norm: str | None = None,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
+        if coefficient_norm not in ("rms", "unit", None):
+            raise ValueError(f"Mamba: coefficient_norm: want 'rms', 'unit' or None, got {coefficient_norm!r}")
         self.d_model, self.d_state, self.d_inner = d_model, d_state, int(expand * d_model)
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
@@ -70,6 +78,16 @@ class Mamba(CausalMixer, HasMixing):
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-bound, bound)
             self.dt_proj.bias.copy_(inverse_softplus_dt((self.d_inner,), dt_min, dt_max, dt_floor))
+        self.norms = (
+            None
+            if coefficient_norm is None
+            else nn.ModuleDict(
+                {
+                    name: RMSNorm(width, norm_eps) if coefficient_norm == "rms" else UnitRMSNorm(norm_eps)
+                    for name, width in (("dt", self.dt_rank), ("B", d_state), ("C", d_state))
+                }
+            )
+        )
         rates = torch.arange(1, d_state + 1, dtype=torch.float32).log()
         self.A_log = nn.Parameter(rates.repeat(self.d_inner, 1))
         self.D = nn.Parameter(torch.ones(self.d_inner))
@@ -89,6 +107,8 @@ class Mamba(CausalMixer, HasMixing):
     def _coefficients(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt before bias and softplus, B and C from the convolved input."""
         dt, b, c = self.x_proj(v).split((self.dt_rank, self.d_state, self.d_state), -1)
+        if self.norms is not None:
+            dt, b, c = self.norms["dt"](dt), self.norms["B"](b), self.norms["C"](c)
         return self.dt_proj(dt), b, c
 
     def _run(self, x: Tensor, state: MambaState | None, seg: Segments | None) -> tuple[Tensor, MambaState]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from ..ops.ssd import ssd, ssd_matrix
 from ..segments import Segments
 from ..state import exportable
 from .base import CausalMixer, HasMixing, Mixing, check_input
-from .layers import GatedRMSNorm, ShortConv
+from .layers import Gate, GatedRMSNorm, ShortConv
 
 
 @exportable
@@ -34,11 +35,14 @@ class Mamba2(CausalMixer, HasMixing):
         n_groups: G, number of (B, C) pairs shared by H / G heads each.
         d_conv: K, width of the convolution over [x, B, C], 1 to 8.
         dt_min, dt_max, dt_floor: initial step sizes are log-uniform in [dt_min, dt_max], at least dt_floor.
-        dt_limit: (low, high) to which the step is clamped, None for no clamp.
+        dt_limit: (low, high) to which the step is clamped, high None for no upper end; None for no clamp.
         a_range: the initial decay rates -A are uniform in this range.
         skip_per_channel: D has one weight per channel instead of one per head.
         chunk_size: see `ops.ssd`.
         bias, conv_bias: of the projections, of the convolution.
+        rmsnorm: a norm beside the gate at the end; False: the gate alone.
+        norm_before_gate: the norm comes before the gate, not after it. norm_eps: of the norm.
+        scales: muP factors on z, x, B, C and dt as they leave the input projection; None: all 1.
 
     Source: Dao & Gu 2024, "Transformers are SSMs" (arXiv 2405.21060), section 7.
     """
@@ -57,12 +61,16 @@ class Mamba2(CausalMixer, HasMixing):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         dt_floor: float = 1e-4,
-        dt_limit: tuple[float, float] | None = None,
+        dt_limit: tuple[float, float | None] | None = None,
         a_range: tuple[float, float] = (1.0, 16.0),
         skip_per_channel: bool = False,
         chunk_size: int | None = None,
         bias: bool = False,
         conv_bias: bool = True,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        norm_eps: float = 1e-5,
+        scales: tuple[float, float, float, float, float] | None = None,
     ):
         super().__init__()
         self.d_model, self.d_state, self.head_dim, self.n_groups = d_model, d_state, head_dim, n_groups
@@ -72,7 +80,10 @@ class Mamba2(CausalMixer, HasMixing):
         self.n_heads = self.d_inner // head_dim
         if self.n_heads % n_groups:
             raise ValueError(f"Mamba2: n_groups: want a divisor of the {self.n_heads} heads, got {n_groups}")
-        self.dt_limit = None if dt_limit is None else (float(dt_limit[0]), float(dt_limit[1]))
+        if scales is not None and len(scales) != 5:
+            raise ValueError(f"Mamba2: scales: want five factors, for z, x, B, C and dt, or None, got {scales}")
+        self.dt_limit = None if dt_limit is None else (float(dt_limit[0]), _end(dt_limit[1]))
+        self.scales = None if scales is None else tuple(float(s) for s in scales)
         self.chunk_size = chunk_size
         d_conv_in = self.d_inner + 2 * n_groups * d_state
         self.in_proj = nn.Linear(d_model, self.d_inner + d_conv_in + self.n_heads, bias=bias)
@@ -80,7 +91,9 @@ class Mamba2(CausalMixer, HasMixing):
         self.dt_bias = nn.Parameter(inverse_softplus_dt((self.n_heads,), dt_min, dt_max, dt_floor))
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(*a_range).log())
         self.D = nn.Parameter(torch.ones((self.n_heads, head_dim) if skip_per_channel else (self.n_heads,)))
-        self.norm = GatedRMSNorm(self.d_inner, n_groups)
+        self.norm = (
+            GatedRMSNorm(self.d_inner, n_groups, norm_eps, norm_before_gate=norm_before_gate) if rmsnorm else Gate()
+        )
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> Mamba2State:
@@ -94,8 +107,13 @@ class Mamba2(CausalMixer, HasMixing):
         return {"in_proj": {"z": self.d_inner, "x": self.d_inner, "B": width, "C": width, "dt": self.n_heads}}
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, conv_in, dt = self.in_proj(x).split((self.d_inner, len(self.conv1d.weight), self.n_heads), -1)
-        return z, conv_in, dt
+        if self.scales is None:
+            z, conv_in, dt = self.in_proj(x).split((self.d_inner, len(self.conv1d.weight), self.n_heads), -1)
+            return z, conv_in, dt
+        width = self.n_groups * self.d_state
+        parts = self.in_proj(x).split((self.d_inner, self.d_inner, width, width, self.n_heads), -1)
+        z, v, b, c, dt = (part * scale for part, scale in zip(parts, self.scales))
+        return z, torch.cat([v, b, c], -1), dt
 
     def _heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         width = self.n_groups * self.d_state
@@ -139,3 +157,7 @@ class Mamba2(CausalMixer, HasMixing):
             return y if seg is None else seg.mask(y)
 
         return Mixing(dense, v, emit)
+
+
+def _end(high: float | None) -> float:
+    return math.inf if high is None else float(high)

@@ -7,7 +7,10 @@ from importlib import import_module
 from typing import Any
 
 # Architecture name (stored in config.json) -> "module:class", imported on first use.
-ARCHITECTURES: dict[str, str] = {"language": "statewise.models.language.stack:LanguageModel"}
+ARCHITECTURES: dict[str, str] = {
+    "language": "statewise.models.language.stack:LanguageModel",
+    "zamba2": "statewise.models.language.zamba2:Zamba2",
+}
 
 
 def architecture_class(name: str) -> Any:

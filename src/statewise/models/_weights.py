@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,8 +14,23 @@ from torch import nn
 from .. import _version
 from .._files import write_atomically
 from .._names import check_options
+from ._tensors import (
+    INDEX,
+    MAX_SHARD,
+    WEIGHTS,
+    Entry,
+    Tensors,
+    fill,
+    is_finite,
+    mismatches,
+    open_tensors,
+    raise_problems,
+    read_json,
+    write_tensors,
+)
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG = "config.json"
+HUB_FILES = (CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -22,11 +38,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{directory}: holds no {CONFIG}; want a directory written by save_pretrained")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+    config = read_json(path)
+    if not isinstance(config.get("architecture"), str):
         raise ValueError(f"{path}: want an object with 'architecture', e.g. \"language\"")
     return config
 
@@ -39,39 +52,13 @@ def constructor_options(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("architecture", "statewise_version", "model_type")}
 
 
-def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """The tensors of model.safetensors; pickled weights are refused."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / WEIGHTS
-    if not path.is_file():
-        pickled = [p.name for p in directory.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
-        hint = f"; {pickled[0]} is a pickle, which could run code, and is not loaded" if pickled else ""
-        raise FileNotFoundError(f"{directory}: holds no {WEIGHTS}{hint}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: is truncated or not a safetensors file ({error})") from error
-
-
-def load_state(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Put `tensors` into `model` (which may be on the meta device); every problem is named in one error."""
-    expected = model.state_dict()
-    problems = [f"missing {name} {tuple(t.shape)}" for name, t in expected.items() if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    for name, t in tensors.items():
-        if name in expected and t.shape != expected[name].shape:
-            problems.append(f"{name}: want shape {tuple(expected[name].shape)}, got {tuple(t.shape)}")
-        elif t.is_floating_point() and not bool(torch.isfinite(t).all()):
-            problems.append(f"{name}: holds NaN or infinity")
-    if problems:
-        shown = "\n  ".join(problems[:20]) + (f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise ValueError(f"{source}: does not fit this model:\n  {shown}")
-    model.load_state_dict(tensors, assign=True)
-    left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    if left:
-        raise RuntimeError(f"{source}: gives no value to {', '.join(left)}")
+def load_state(model: nn.Module, found: Tensors) -> None:
+    """Put tensors into a model on the meta device; every problem is named in one error."""
+    problems = mismatches(found.entries, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    tensors = {name: found[name] for name in found}
+    problems += [f"{name}: holds NaN or infinity" for name, t in tensors.items() if not is_finite(t)]
+    raise_problems(found.source, problems)
+    fill(model, tensors, found.source)
 
 
 class Pretrained(nn.Module):
@@ -85,16 +72,14 @@ class Pretrained(nn.Module):
         about = {"model_type": "statewise", "architecture": self.architecture}
         return {**about, "statewise_version": _version.__version__, **self.config}
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write config.json and model.safetensors, each atomically."""
-        from safetensors.torch import save_file
-
+    def save_pretrained(self, directory: str | os.PathLike, *, max_shard: int = MAX_SHARD) -> None:
+        """Write config.json and the weights, each file atomically; above `max_shard` bytes, weights are in shards."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
-        config = self.file_config()
-        write_atomically(target / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-        text = json.dumps(config, indent=2) + "\n"
+        tensors = self.state_dict()
+        entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+        write_tensors(target, entries, tensors.__getitem__, max_shard=max_shard)
+        text = json.dumps(self.file_config(), indent=2) + "\n"
         write_atomically(target / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
     @classmethod
@@ -115,8 +100,9 @@ class Pretrained(nn.Module):
         return build(cls, config, directory, device, dtype)
 
 
-def resolve_directory(name_or_directory: str | os.PathLike) -> Path:
-    """A local directory as it is; anything that looks like `owner/name` is fetched from the Hub."""
+def resolve_directory(name_or_directory: str | os.PathLike, files: Sequence[str] = HUB_FILES) -> Path:
+    """A local directory as it is; of what looks like `owner/name`, `files` (names or patterns) are fetched from the
+    Hub."""
     path = Path(name_or_directory)
     if path.is_dir():
         return path
@@ -129,7 +115,7 @@ def resolve_directory(name_or_directory: str | os.PathLike) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(f"{name}: neither a local directory nor to be had from the Hub: {error}") from error
 
@@ -143,5 +129,5 @@ def build(cls: type, config: dict[str, Any], directory: Path, device, dtype) -> 
             model = cls(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{directory / CONFIG}: {error}") from error
-    load_state(model, read_tensors(directory), os.fspath(directory / WEIGHTS))
+    load_state(model, open_tensors(directory))
     return model.to(device=device, dtype=dtype).eval()

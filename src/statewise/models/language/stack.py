@@ -5,30 +5,20 @@ A plain language model is a preset of this stack; a file of its own is earned by
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from ... import mixers
-from ...blocks import GatedMLP, ResidualBlock
-from ...mixers.base import Causal, CausalMixer
+from ... import blocks, mixers
+from ...mixers.base import CausalMixer
 from ...mixers.layers import RMSNorm
 from ...segments import Segments
 from ...state import State, exportable
-from .._weights import Pretrained
+from .causal_lm import CausalLM, Run, check_sizes
 
-MixerSpec = str | Mapping[str, Any]
-# run(block, x, state, seg) -> (x, state)
-RunBlock = Callable[[Causal, Tensor, State, Segments | None], tuple[Tensor, State]]
-
-
-def run_block(block: Causal, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
-    """The plain way to run a block of a model."""
-    return block._run(x, state, seg)
+Spec = str | Mapping[str, Any] | None
 
 
 @exportable
@@ -36,36 +26,62 @@ class LanguageState(NamedTuple):
     layers: tuple[State, ...]  # one state per call of a mixer, first layer first
 
 
-def mixer_list(mixer: MixerSpec | Sequence[MixerSpec], n_layer: int) -> list[dict[str, Any]]:
-    """One {"name": ..., **options} per layer; a shorter list is a pattern that repeats."""
-    entries = [mixer] if isinstance(mixer, (str, Mapping)) else list(mixer)
+def spec_list(what: str, given: Spec | Sequence[Spec], n_layer: int) -> list[dict[str, Any] | None]:
+    """One {"name": ..., **options}, or None, per layer; a shorter list is a pattern that repeats."""
+    return [None if entry is None else _named(what, entry) for entry in _per_layer(what, given, n_layer)]
+
+
+def _per_layer(what: str, given: Any, n_layer: int) -> list[Any]:
+    entries = [given] if given is None or isinstance(given, (str, Mapping)) else list(given)
     if not entries or n_layer % len(entries):
         raise ValueError(
-            f"mixer: a list of {len(entries)} mixers does not divide n_layer = {n_layer}; give one per layer or a "
+            f"{what}: a list of {len(entries)} {what}s does not divide n_layer = {n_layer}; give one per layer or a "
             "pattern that repeats"
         )
-    specs = []
-    for entry in entries:
-        spec = {"name": entry} if isinstance(entry, str) else dict(entry)
-        if not isinstance(spec.get("name"), str):
-            raise ValueError(f"mixer: want a name or a dict with 'name', got {entry!r}")
-        specs.append(spec)
-    return specs * (n_layer // len(specs))
+    return entries * (n_layer // len(entries))
 
 
-class LanguageModel(Causal, Pretrained):
+def _plain(given: Any) -> Any:
+    """What JSON can hold, and the caller cannot change any more."""
+    if isinstance(given, Mapping):
+        return {name: _plain(value) for name, value in given.items()}
+    return [_plain(value) for value in given] if isinstance(given, (list, tuple)) else given
+
+
+def _named(what: str, entry: Any) -> dict[str, Any]:
+    spec = {"name": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
+    if not isinstance(spec.get("name"), str):
+        raise ValueError(f"{what}: want a name or a dict with 'name', got {entry!r}")
+    return spec
+
+
+def _causal(name: str, d_model: int, **options: Any) -> CausalMixer:
+    built = mixers.create(name, d_model, **options)
+    if not isinstance(built, CausalMixer):
+        raise ValueError(f"mixer: {name!r} is not causal, so it cannot model language left to right")
+    return built
+
+
+class LanguageModel(CausalLM):
     """Embedding, `n_layer` residual blocks, final norm, output head.
 
     Args:
         vocab_size: number of tokens V; tokens are integers in [0, V).
         d_model: width D. n_layer: number of blocks.
         mixer: a name from `statewise.mixers.names()`, a dict such as {"name": "mamba2", "d_state": 64}, or a list of
-            these: one per layer, or a pattern that repeats, e.g. ["mamba2"] * 3 + ["attention"].
-        d_intermediate: hidden width of a gated MLP in each block, 0 for none.
+            these: one per layer, or a pattern that repeats, e.g. ["mamba2"] * 3 + ["attention"]. None in a list: that
+            block is its feed-forward part alone.
+        mlp: the feed-forward part of each block: a name from `statewise.blocks.names()` with options, such as
+            {"name": "moe", "hidden": 512, "n_experts": 8, "top_k": 2}, None for none, or a list of these as in `mixer`.
+        d_intermediate: hidden width of a gated MLP in each block, rounded up to a multiple of 128; short for `mlp`.
+            0 for none.
         tie_embeddings: the output head uses the embedding's weight.
         residual_in_fp32: keep the residual stream in float32 when the weights are in half precision.
         pad_vocab_to: the embedding has V rounded up to a multiple of this many rows; the extra rows are never seen.
         norm_eps: of the norms.
+        norm_offset: norms multiply by this plus their weight, which then starts at 1 - norm_offset (1 in Gemma).
+        embedding_scale, logit_scale, logit_cap: see `CausalLM`.
+        residual_scale: factor on what mixers and feed-forward parts add to the stream.
 
     forward(tokens (B, L)) -> logits (B, L, V); `init_state`, `extend` and `step` as in `statewise.mixers.base.Causal`.
 
@@ -80,112 +96,84 @@ class LanguageModel(Causal, Pretrained):
         d_model: int,
         n_layer: int,
         *,
-        mixer: MixerSpec | Sequence[MixerSpec] = "mamba2",
+        mixer: Spec | Sequence[Spec] = "mamba2",
+        mlp: Spec | Sequence[Spec] = None,
         d_intermediate: int = 0,
         tie_embeddings: bool = True,
         residual_in_fp32: bool = True,
         pad_vocab_to: int = 1,
         norm_eps: float = 1e-5,
+        norm_offset: float = 0.0,
+        embedding_scale: float = 1.0,
+        logit_scale: float = 1.0,
+        logit_cap: float | None = None,
+        residual_scale: float = 1.0,
     ):
-        super().__init__()
-        for name, value, least in (
-            ("vocab_size", vocab_size, 1),
-            ("d_model", d_model, 1),
-            ("n_layer", n_layer, 0),
-            ("pad_vocab_to", pad_vocab_to, 1),
-            ("d_intermediate", d_intermediate, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: want an integer >= {least}, got {value!r}")
-        specs = mixer_list(mixer, n_layer) if n_layer else []
+        check_sizes(("n_layer", n_layer, 0), ("d_intermediate", d_intermediate, 0))
+        super().__init__(
+            vocab_size, d_model, tie_embeddings=tie_embeddings, pad_vocab_to=pad_vocab_to,
+            embedding_scale=embedding_scale, logit_scale=logit_scale, logit_cap=logit_cap,
+        )  # fmt: skip
+        if mlp is not None and d_intermediate:
+            raise ValueError(f"d_intermediate: want 0 where mlp is given, got {d_intermediate}")
         self.config = {
             "vocab_size": vocab_size,
             "d_model": d_model,
             "n_layer": n_layer,
-            "mixer": mixer if isinstance(mixer, str) else specs[0] if isinstance(mixer, Mapping) else list(mixer),
+            "mixer": _plain(mixer),
+            "mlp": _plain(mlp),
             "d_intermediate": d_intermediate,
             "tie_embeddings": tie_embeddings,
             "residual_in_fp32": residual_in_fp32,
             "pad_vocab_to": pad_vocab_to,
             "norm_eps": norm_eps,
+            "norm_offset": norm_offset,
+            "embedding_scale": embedding_scale,
+            "logit_scale": logit_scale,
+            "logit_cap": logit_cap,
+            "residual_scale": residual_scale,
         }
-        self.vocab_size, self.residual_in_fp32 = vocab_size, residual_in_fp32
-        rows = -(-vocab_size // pad_vocab_to) * pad_vocab_to
-        self.embedding = nn.Embedding(rows, d_model)
+        self.residual_in_fp32 = residual_in_fp32
+        specs, parts = self.specs()
         self.layers = nn.ModuleList()
-        for spec in specs:
-            options = {k: v for k, v in spec.items() if k != "name"}
-            built = mixers.create(spec["name"], d_model, **options)
-            if not isinstance(built, CausalMixer):
-                raise ValueError(f"mixer: {spec['name']!r} is not causal, so it cannot model language left to right")
-            mlp = GatedMLP(d_model, d_intermediate) if d_intermediate else None
-            self.layers.append(ResidualBlock(d_model, built, mlp, norm_eps=norm_eps))
-        self.norm_f = RMSNorm(d_model, norm_eps)
-        self.lm_head = None if tie_embeddings else nn.Linear(d_model, rows, bias=False)
-        self.reset_parameters()
+        for i, (spec, part) in enumerate(zip(specs, parts)):
+            if spec is None and part is None:
+                raise ValueError(f"mixer: layer {i} has neither a mixer nor a feed-forward part; want one or both")
+            mixing = None if spec is None else _causal(d_model=d_model, **spec)
+            feed = None if part is None else blocks.create(d_model=d_model, **part)
+            self.layers.append(
+                blocks.ResidualBlock(
+                    d_model, mixing, feed, norm_eps=norm_eps, norm_offset=norm_offset, scale=residual_scale
+                )
+            )
+        residuals = sum(spec is not None for spec in [*specs, *parts])
+        self._finish(RMSNorm(d_model, norm_eps, norm_offset), residuals)
+
+    def specs(self) -> tuple[list[dict[str, Any] | None], list[dict[str, Any] | None]]:
+        """For each layer its mixer and its feed-forward part, as {"name": ..., **options} or None."""
+        config, n_layer = self.config, self.config["n_layer"]
+        if not n_layer:
+            return [], []
+        hidden = config["d_intermediate"]
+        mlp = {"name": "gated", "hidden": hidden} if hidden else config["mlp"]
+        return spec_list("mixer", config["mixer"], n_layer), spec_list("mlp", mlp, n_layer)
 
     @property
-    def blocks(self) -> list[ResidualBlock]:
-        return cast(list[ResidualBlock], list(self.layers))
-
-    def reset_parameters(self) -> None:
-        """Model-level initialisation over what the mixers drew: small embeddings, residual outputs scaled by depth."""
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        residuals = len(self.layers) * (2 if self.config["d_intermediate"] else 1)
-        for block in self.blocks:
-            for name, parameter in block.named_parameters():
-                if name.endswith(("out_proj.weight", "fc2.weight")):
-                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
-                    with torch.no_grad():
-                        parameter.div_(math.sqrt(residuals))
-            for module in block.modules():
-                # A bias that belongs to the dynamics (the step size's) was drawn on purpose.
-                drawn = getattr(module, "dynamics", ())
-                for child_name, child in module.named_children():
-                    if isinstance(child, nn.Linear) and child.bias is not None and f"{child_name}.bias" not in drawn:
-                        nn.init.zeros_(child.bias)
+    def blocks(self) -> list[blocks.ResidualBlock]:
+        return cast("list[blocks.ResidualBlock]", list(self.layers))
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> LanguageState:
         return LanguageState(
             tuple(block.init_state(batch, capacity=capacity, device=device, dtype=dtype) for block in self.blocks)
         )
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, L) -> embeddings (B, L, D)."""
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise ValueError(f"LanguageModel: tokens: want integers (B, L), got {tokens.dtype} {tuple(tokens.shape)}")
-        return self.embedding(tokens)
-
-    def trunk(
-        self, x: Tensor, state: LanguageState | None, seg: Segments | None, run: RunBlock = run_block
+    def _stream(
+        self, x: Tensor, state: LanguageState | None, seg: Segments | None, run: Run
     ) -> tuple[Tensor, LanguageState]:
-        """All between the embeddings and the head: x (B, L, D) -> (normed features (B, L, D), state).
-
-        `run` runs one block. Another one may look at what enters a block, or compute it twice to save memory.
-        """
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         states = []
         for i, block in enumerate(self.blocks):
-            x, block_state = run(block, x, None if state is None else state.layers[i], seg)
+            x, block_state = run(block._run, x, None if state is None else state.layers[i], seg)
             states.append(block_state)
-        return self.norm_f(x.to(self.norm_f.weight.dtype)), LanguageState(tuple(states))
-
-    def head(self, features: Tensor) -> Tensor:
-        """What `trunk` gives (..., D) -> logits (..., V)."""
-        logits = linear(features, self.embedding.weight) if self.lm_head is None else self.lm_head(features)
-        return logits[..., : self.vocab_size]
-
-    def _run(self, x: Tensor, state: LanguageState | None, seg: Segments | None) -> tuple[Tensor, LanguageState]:
-        features, state = self.trunk(self.embed(x), state, seg)
-        return self.head(features), state
-
-    def prefill(
-        self, tokens: Tensor, state: LanguageState | None, seg: Segments | None = None
-    ) -> tuple[Tensor, LanguageState]:
-        """`extend` for a prompt (B, L), L > 0, of which only the end matters: logits (B, V) after the last position.
-
-        The output head is the largest matrix of a small model; here it serves one position instead of L.
-        """
-        features, state = self.trunk(self.embed(tokens), state, seg)
-        return self.head(features[:, -1]), state
+        return x, LanguageState(tuple(states))
