@@ -17,7 +17,26 @@ TARGETS = {
     "mamba": ["dt_proj", "fc1", "fc2", "in_proj", "out_proj", "x_proj"],
     "mamba2": ["fc1", "fc2", "in_proj", "out_proj"],
     "hybrid": ["fc1", "fc2", "in_proj", "k_proj", "out_proj", "q_proj", "v_proj"],
+    "parallel": ["in_proj", "k_proj", "out_proj", "q_proj", "v_proj"],
+    "rglru": ["fc1", "fc2", "gate_proj", "out_proj", "x_proj"],
+    "zamba2": [
+        "down",
+        "fc1.shared",
+        "fc2",
+        "from_shared",
+        "in_proj",
+        "k_proj.shared",
+        "out_proj",
+        "q_proj.shared",
+        "up",
+        "v_proj.shared",
+    ],
 }
+PLAIN = ("mamba", "mamba2", "hybrid", "rglru")  # have a gated MLP beside
+
+
+def shaped(kind: str) -> dict:
+    return {"d_intermediate": 16} if kind in PLAIN else {}
 
 
 def tokens(*shape: int) -> torch.Tensor:
@@ -31,10 +50,10 @@ def adapted(model, targets, **options):
 
 @pytest.mark.parametrize("kind", list(TARGETS))
 def test_default_targets(build, kind):
-    model = build(kind, d_intermediate=16, tie_embeddings=False)
+    model = build(kind, **shaped(kind), tie_embeddings=False)
     assert lora_targets(model) == lora_targets(model.core) == TARGETS[kind]
-    with pytest.raises(ValueError, match=r"unknown projection 'in_porj'; did you mean 'in_proj'"):
-        lora_targets(model, "out_proj", "in_porj")
+    with pytest.raises(ValueError, match=r"unknown projection 'out_porj'; did you mean 'out_proj'"):
+        lora_targets(model, TARGETS[kind][0], "out_porj")
 
 
 @pytest.mark.parametrize("kind", list(TARGETS))
@@ -42,7 +61,7 @@ def test_every_target_takes_part(build, kind):
     """Each adapter changes the output and gets a gradient, in training, in `step` and in `generate`."""
     x = tokens(2, 7)
     for target in [*TARGETS[kind], "lm_head"]:
-        model = build(kind, d_intermediate=16, tie_embeddings=False)
+        model = build(kind, **shaped(kind), tie_embeddings=False)
         core, plain = model.core, model(x).logits
         wrapped = adapted(model, [target])
         out = wrapped(x, labels=x)
@@ -61,11 +80,11 @@ def test_every_target_takes_part(build, kind):
 
 @pytest.mark.parametrize("kind", list(TARGETS))
 def test_merged_weights_equal_unmerged(build, kind, tmp_path):
-    model, x = build(kind, d_intermediate=16), tokens(2, 7)
+    model, x = build(kind, **shaped(kind)), tokens(2, 7)
     wrapped = adapted(model, lora_targets(model)).eval()
     want = wrapped(x).logits
     wrapped.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(build(kind, d_intermediate=16), tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(build(kind, **shaped(kind)), tmp_path / "adapter")
     assert torch.equal(again(x).logits, want)
     merged = wrapped.merge_and_unload()
     assert isinstance(merged, StatewiseForCausalLM)

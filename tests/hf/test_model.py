@@ -91,6 +91,11 @@ def test_the_head_as_a_linear_layer_gives_the_logits(build):
         head = model.get_output_embeddings()
         assert head.weight.shape == (61, 32)
         assert_agree(head(model.base_model(x).last_hidden_state), model(x).logits, str(options), 32)
+    # What comes after it has the names that fused losses look for.
+    model = build("parallel")
+    logits = model.get_output_embeddings()(model.base_model(x).last_hidden_state) * model.config.logit_scale
+    cap = model.config.final_logit_softcapping
+    assert_agree(cap * torch.tanh(logits / cap), model(x).logits, "scaled and capped", 32)
 
 
 @pytest.mark.parametrize("options", [{}, {"pad_vocab_to": 8}, {"tie_embeddings": False}])
@@ -109,7 +114,8 @@ def test_hidden_states_loss_and_tuples(model):
     x = tokens(2, 9)
     out = model(x, labels=x, output_hidden_states=True)
     assert len(out.hidden_states) == model.config.num_hidden_layers + 1
-    assert torch.equal(out.hidden_states[0].to(torch.float32), model.get_input_embeddings()(x))
+    scale = model.config.options.get("embedding_scale", 1)
+    assert torch.equal(out.hidden_states[0], scale * model.get_input_embeddings()(x))
     assert torch.equal(model.core.head(out.hidden_states[-1]), out.logits)
     want = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
     assert_agree(out.loss, want, "loss", 18)
@@ -127,7 +133,8 @@ def test_logits_to_keep(model):
     assert torch.equal(model(x, logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
 
 
-def test_checkpointing_recomputes_and_changes_nothing(build):
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_recomputes_and_changes_nothing(build, reentrant):
     model, x = build("hybrid", d_intermediate=16).train(), tokens(2, 9)
     ran = []
     for block in model.core.layers:
@@ -140,7 +147,7 @@ def test_checkpointing_recomputes_and_changes_nothing(build):
         return len(ran), [p.grad.clone() for p in model.parameters()]
 
     plain, wanted = gradients()
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     twice, got = gradients()
     assert (plain, twice) == (2, 4)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted))

@@ -24,14 +24,15 @@ def lora_targets(model: nn.Module, *wanted: str) -> list[str]:
         ValueError: a wanted name that no module has (peft would skip it in silence).
     """
     core = getattr(model, "core", model)
-    mixers = [name for name, module in core.named_modules() if isinstance(module, SplitLinear)]
+    modules = dict(core.named_modules())
+    # A name that something else has too says whose it is: "B" of a split projection is "x_proj.B".
+    taken = {name.rpartition(".")[2] for name, module in modules.items() if not isinstance(module, nn.Linear)}
     found = set()
-    for name, module in getattr(core, "layers", core).named_modules():
-        if isinstance(module, nn.Linear) and "router" not in name:
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and "router" not in name and name != "lm_head":
             parent, _, last = name.rpartition(".")
-            # A part of a split projection goes by the name of the projection too: "B" alone says little.
-            part = any(split.endswith(parent) for split in mixers) and parent
-            found.add(f"{parent.rpartition('.')[2]}.{last}" if part else last)
+            whose = isinstance(modules[parent], SplitLinear) or last in taken
+            found.add(f"{parent.rpartition('.')[2]}.{last}" if whose else last)
     for name in wanted:
         if name not in found:
             raise ValueError(unknown("projection", name, found))

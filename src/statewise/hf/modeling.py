@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ..models.language.causal_lm import CausalLM, Layer
+from ..models.language._causal_lm import CausalLM, Layer
 from ..segments import Segments
 from ..state import State
 from .cache import StatewiseCache
