@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # These act on what is built from outside: they may import all floors below the recipes, and only the commands and
 # recipes may import them.
-OUTSIDE = ("testing", "interop", "analysis", "quant", "distributed")
+OUTSIDE = ("testing", "interop", "hf", "analysis", "quant", "distributed")
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 TOP = LEVEL["recipes"]
 
@@ -41,6 +41,8 @@ LAZY = (
     "llvmlite",
     "triton",
     "transformers",
+    "peft",
+    "lm_eval",
     "lightning",
     "matplotlib",
     "jsonargparse",

@@ -42,14 +42,14 @@ def _from_checkpoint(path: Path) -> Any:
     import json
 
     from ..models._registry import architecture_class
+    from ..models._weights import constructor_options
     from ..training.checkpoint_io import CheckpointError, load_checkpoint
 
     config_file = path.parent.parent / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{path}: want a checkpoint inside a run directory; there is no {config_file}")
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    options = {k: v for k, v in config.items() if k not in ("architecture", "statewise_version")}
-    model = architecture_class(config["architecture"])(**options)
+    model = architecture_class(config["architecture"])(**constructor_options(config))
     try:
         weights = load_checkpoint(path)["state_dict"]
     except CheckpointError as error:

@@ -22,6 +22,13 @@ class SequenceMixer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor: ...
 
+    def fused(self) -> dict[str, dict[str, int]]:
+        """Projections that hold several maps in one matrix: their names, and the rows of each part in order.
+
+        So that a part can be looked at, or trained, alone: {"x_proj": {"dt": 48, "B": 16, "C": 16}}.
+        """
+        return {}
+
 
 class Causal(nn.Module, ABC):
     """Anything that can be streamed: mixers, blocks and models of causal mixers offer the same verbs.

@@ -67,6 +67,13 @@ class GatedRMSNorm(nn.Module):
         return gated_rms_norm(x, z, self.weight, self.eps, self.groups)
 
 
+class StepProjection(Linear):
+    """Projection to step sizes. Its bias is left out here: it is added inside the scan, in float32, before softplus."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight)
+
+
 class Gate(nn.Module):
     """x * silu(z): what is left of `GatedRMSNorm` without its norm."""
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from ..maths.initialisers import inverse_softplus_dt
 from ..ops._dt import decay_rate
 from ..ops.decode import MambaWeights, Norm, mamba_layer
-from ..ops.linear import linear
 from ..ops.selective_scan import selective_scan, selective_scan_matrix
 from ..ops.short_conv import short_conv
 from ..segments import Segments
 from ..state import exportable
 from .base import HasMixing, Mixing, check_input
-from .layers import Linear, RMSNorm, ShortConv, UnitRMSNorm
+from .layers import Linear, RMSNorm, ShortConv, StepProjection, UnitRMSNorm
 from .one_step import OneStep
 
 
@@ -77,7 +76,7 @@ class Mamba(OneStep, HasMixing):
         self.in_proj = Linear(d_model, 2 * self.d_inner, bias=bias)
         self.conv1d = ShortConv(self.d_inner, d_conv, conv_bias)
         self.x_proj = Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
-        self.dt_proj = Linear(self.dt_rank, self.d_inner)
+        self.dt_proj = StepProjection(self.dt_rank, self.d_inner)
         bound = dt_scale / math.sqrt(self.dt_rank)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-bound, bound)
@@ -102,13 +101,18 @@ class Mamba(OneStep, HasMixing):
         conv = torch.zeros(batch, self.conv1d.width - 1, self.d_inner, device=device, dtype=dtype)
         return MambaState(conv, torch.zeros(batch, self.d_inner, self.d_state, device=device, dtype=dtype))
 
+    def fused(self) -> dict[str, dict[str, int]]:
+        return {
+            "in_proj": {"x": self.d_inner, "z": self.d_inner},
+            "x_proj": {"dt": self.dt_rank, "B": self.d_state, "C": self.d_state},
+        }
+
     def _coefficients(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dt before bias and softplus, B and C from the convolved input."""
         dt, b, c = self.x_proj(v).split((self.dt_rank, self.d_state, self.d_state), -1)
         if self.norms is not None:
             dt, b, c = self.norms["dt"](dt), self.norms["B"](b), self.norms["C"](c)
-        # The bias is added inside the scan, in float32, where softplus is taken.
-        return linear(dt, self.dt_proj.weight), b, c
+        return self.dt_proj(dt), b, c
 
     def _layer(self, norm: Norm | None) -> Callable | None:
         conv = self.conv1d

@@ -105,6 +105,10 @@ class Mamba2(OneStep, HasMixing):
         ssm = torch.zeros(batch, self.n_heads, self.head_dim, self.d_state, device=device, dtype=dtype)
         return Mamba2State(conv, ssm)
 
+    def fused(self) -> dict[str, dict[str, int]]:
+        width = self.n_groups * self.d_state
+        return {"in_proj": {"z": self.d_inner, "x": self.d_inner, "B": width, "C": width, "dt": self.n_heads}}
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.scales is None:
             z, conv_in, dt = self.in_proj(x).split((self.d_inner, len(self.conv1d.weight), self.n_heads), -1)

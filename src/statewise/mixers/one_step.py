@@ -15,9 +15,9 @@ from ..ops import decode
 from ..segments import Segments
 from ..state import State
 from .base import CausalMixer
-from .layers import GatedRMSNorm, Linear, RMSNorm, ShortConv
+from .layers import GatedRMSNorm, Linear, RMSNorm, ShortConv, StepProjection
 
-_KNOWN = (Linear, RMSNorm, GatedRMSNorm, ShortConv)
+_KNOWN = (Linear, StepProjection, RMSNorm, GatedRMSNorm, ShortConv)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

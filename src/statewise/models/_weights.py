@@ -44,6 +44,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def constructor_options(config: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of the constructor in a config.json. `statewise.hf` writes them as one entry, "options",
+    because transformers keeps entries of its own beside them."""
+    if isinstance(config.get("options"), dict):
+        return dict(config["options"])
+    return {k: v for k, v in config.items() if k not in ("architecture", "statewise_version", "model_type")}
+
+
 def load_state(model: nn.Module, found: Tensors) -> None:
     """Put tensors into a model on the meta device; every problem is named in one error."""
     problems = mismatches(found.entries, {name: tuple(t.shape) for name, t in model.state_dict().items()})
@@ -59,15 +67,19 @@ class Pretrained(nn.Module):
     architecture: ClassVar[str]
     config: dict[str, Any]
 
+    def file_config(self) -> dict[str, Any]:
+        """What config.json holds. By "model_type" transformers knows the directory, after `import statewise.hf`."""
+        about = {"model_type": "statewise", "architecture": self.architecture}
+        return {**about, "statewise_version": _version.__version__, **self.config}
+
     def save_pretrained(self, directory: str | os.PathLike, *, max_shard: int = MAX_SHARD) -> None:
         """Write config.json and the weights, each file atomically; above `max_shard` bytes, weights are in shards."""
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         tensors = self.state_dict()
         entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        config = {"architecture": self.architecture, "statewise_version": _version.__version__, **self.config}
         write_tensors(target, entries, tensors.__getitem__, max_shard=max_shard)
-        text = json.dumps(config, indent=2) + "\n"
+        text = json.dumps(self.file_config(), indent=2) + "\n"
         write_atomically(target / CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
     @classmethod
@@ -110,7 +122,7 @@ def resolve_directory(name_or_directory: str | os.PathLike, files: Sequence[str]
 
 def build(cls: type, config: dict[str, Any], directory: Path, device, dtype) -> Any:
     """Construct on the meta device, then give every parameter its stored value: no double memory."""
-    options = {k: v for k, v in config.items() if k not in ("architecture", "statewise_version")}
+    options = constructor_options(config)
     check_options(f"{directory / CONFIG}", cls, options)
     with torch.device("meta"):
         try:

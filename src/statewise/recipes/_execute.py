@@ -19,7 +19,7 @@ from .recipe import Recipe
 
 def write_model_config(model: Any, run: RunDirectory) -> None:
     """config.json before there are weights, so that checkpoints of an unfinished run can be loaded."""
-    content = {"architecture": model.architecture, "statewise_version": __version__, **model.config}
+    content = model.file_config()
     (run.path / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

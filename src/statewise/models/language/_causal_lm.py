@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from ...ops.linear import linear
 from ...segments import Segments
 from ...state import State
 from .._weights import Pretrained
+
+# layer(x, state, seg) -> (x, state), and how one is run: run(layer, x, state, seg) -> (x, state).
+Layer = Callable[[Tensor, State, Segments | None], tuple[Tensor, State]]
+Run = Callable[[Layer, Tensor, State, Segments | None], tuple[Tensor, State]]
+
+
+def run_layer(layer: Layer, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
+    """The plain way to run a layer of a model."""
+    return layer(x, state, seg)
 
 
 class CausalLM(Causal, Pretrained):
@@ -57,35 +67,51 @@ class CausalLM(Causal, Pretrained):
         self.reset_parameters(residuals)
 
     @abstractmethod
-    def _stream(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
-        """All layers: embeddings (B, L, D) to what the final norm takes, and the new state."""
+    def _stream(self, x: Tensor, state: State, seg: Segments | None, run: Run) -> tuple[Tensor, State]:
+        """All layers, each run by `run`: embeddings (B, L, D) to what the final norm takes, and the new state."""
 
-    def _body(self, tokens: Tensor, state: State, seg: Segments | None, last: bool) -> tuple[Tensor, State]:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, L) -> embeddings (B, L, D)."""
         if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
             name, got = type(self).__name__, f"{tokens.dtype} {tuple(tokens.shape)}"
             raise ValueError(f"{name}: tokens: want integers (B, L), got {got}")
-        x = self.embedding(tokens)
+        return self.embedding(tokens)
+
+    def trunk(
+        self, x: Tensor, state: State, seg: Segments | None, run: Run = run_layer, *, last: bool = False
+    ) -> tuple[Tensor, State]:
+        """All between embeddings and head: x (B, L, D) -> (normed features (B, L, D), state).
+
+        `run` runs one layer. Another one may look at what enters a layer, or compute it twice to save memory. With
+        `last` there are features of the last position only.
+        """
         if self.embedding_scale != 1:
             x = x * self.embedding_scale
-        x, state = self._stream(x, state, seg)
-        weight = self.embedding.weight if self.lm_head is None else self.lm_head.weight
-        logits = linear(self.norm_f((x[:, -1:] if last else x).to(weight.dtype)), weight)[..., : self.vocab_size]
+        x, state = self._stream(x, state, seg, run)
+        return self.norm_f((x[:, -1:] if last else x).to(self.embedding.weight.dtype)), state
+
+    def head(self, features: Tensor) -> Tensor:
+        """What `trunk` gives, (..., D) -> logits (..., V)."""
+        # The untied head is called as a module, so that an adapter on it takes part.
+        logits = linear(features, self.embedding.weight) if self.lm_head is None else self.lm_head(features)
+        logits = logits[..., : self.vocab_size]
         if self.logit_scale != 1:
             logits = logits * self.logit_scale
         if self.logit_cap is not None:
             logits = self.logit_cap * torch.tanh(logits / self.logit_cap)
-        return logits, state
+        return logits
 
     def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
-        return self._body(x, state, seg, last=False)
+        features, state = self.trunk(self.embed(x), state, seg)
+        return self.head(features), state
 
     def prefill(self, tokens: Tensor, state: State, seg: Segments | None = None) -> tuple[Tensor, State]:
         """`extend` for a prompt (B, L), L > 0, of which only the end matters: logits (B, V) after the last position.
 
         The output head is the largest matrix of a small model; here it serves one position instead of L.
         """
-        logits, state = self._body(tokens, state, seg, last=True)
-        return logits.squeeze(1), state
+        features, state = self.trunk(self.embed(tokens), state, seg, last=True)
+        return self.head(features).squeeze(1), state
 
     def reset_parameters(self, residuals: int) -> None:
         """Model-level initialisation over what the mixers drew: small embeddings, residual outputs scaled by depth."""

@@ -16,7 +16,7 @@ from ...mixers.base import CausalMixer
 from ...mixers.layers import RMSNorm
 from ...segments import Segments
 from ...state import State, exportable
-from ._causal_lm import CausalLM, check_sizes
+from ._causal_lm import CausalLM, Run, check_sizes
 
 Spec = str | Mapping[str, Any] | None
 
@@ -167,11 +167,13 @@ class LanguageModel(CausalLM):
             tuple(block.init_state(batch, capacity=capacity, device=device, dtype=dtype) for block in self.blocks)
         )
 
-    def _stream(self, x: Tensor, state: LanguageState | None, seg: Segments | None) -> tuple[Tensor, LanguageState]:
+    def _stream(
+        self, x: Tensor, state: LanguageState | None, seg: Segments | None, run: Run
+    ) -> tuple[Tensor, LanguageState]:
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         states = []
         for i, block in enumerate(self.blocks):
-            x, block_state = block._run(x, None if state is None else state.layers[i], seg)
+            x, block_state = run(block._run, x, None if state is None else state.layers[i], seg)
             states.append(block_state)
         return x, LanguageState(tuple(states))

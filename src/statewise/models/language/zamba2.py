@@ -18,7 +18,7 @@ from ...mixers.base import CausalMixer
 from ...mixers.layers import Linear, RMSNorm
 from ...segments import Segments
 from ...state import State, exportable
-from .causal_lm import CausalLM, check_sizes
+from ._causal_lm import CausalLM, Run, check_sizes
 
 
 @exportable
@@ -146,15 +146,26 @@ class Zamba2(CausalLM):
             tuple(self._shared(use)[0].init_state(batch, **of) for use in self.use_at.values()),
         )
 
-    def _stream(self, x: Tensor, state: Zamba2State | None, seg: Segments | None) -> tuple[Tensor, Zamba2State]:
+    def _stream(
+        self, x: Tensor, state: Zamba2State | None, seg: Segments | None, run: Run
+    ) -> tuple[Tensor, Zamba2State]:
         embedding, layers, shared = x, [], []
         for i, layer in enumerate(self.blocks):
-            extra = None
-            if i in self.use_at:
-                block, own = self._shared(self.use_at[i])
-                past = None if state is None else state.shared[self.use_at[i]]
-                extra, new = block.run(x, embedding, own, past, seg)
-                shared.append(new)
-            x, new = layer.run(x, extra, None if state is None else state.layers[i], seg)
-            layers.append(new)
+            use = self.use_at.get(i)
+            block, own = (None, 0) if use is None else self._shared(use)
+
+            def whole(x, state, seg, layer=layer, block=block, own=own):
+                extra, shared_state = None, None
+                if block is not None:
+                    extra, shared_state = block.run(x, embedding, own, state[1], seg)
+                x, layer_state = layer.run(x, extra, state[0], seg)
+                return x, (layer_state, shared_state)
+
+            held: tuple[State, State] = (None, None)
+            if state is not None:
+                held = state.layers[i], None if use is None else state.shared[use]
+            x, new = run(whole, x, held, seg)
+            layers.append(new[0])
+            if use is not None:
+                shared.append(new[1])
         return x, Zamba2State(tuple(layers), tuple(shared))
