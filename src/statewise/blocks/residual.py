@@ -12,7 +12,7 @@ from ..state import State
 
 
 class ResidualBlock(Causal):
-    """x + scale * mixer(norm(x)), then x + scale * mlp(norm2(x)); either may be missing. Causal, with the mixer's state.
+    """x + scale * mixer(norm(x)), then x + scale * mlp(norm2(x)); one may be missing. Causal, with the mixer's state.
 
     The stream x may be kept in float32 (see `LanguageModel.residual_in_fp32`): the mixer sees it in the dtype of the
     norm's weight, and its output is added in the dtype of the stream.
