@@ -30,21 +30,22 @@ MODELS = {
         mlp=[{"name": "moe", "hidden": 5, "n_experts": 3, "top_k": 2, "renormalise": False}, None],
     ),
     "hybrid": partial(LanguageModel, VOCAB, 8, 3, mixer=[MAMBA2, MAMBA, ATTENTION], d_intermediate=12),
-    "zamba2": partial(
-        Zamba2,
-        VOCAB,
-        8,
-        4,
-        shared_at=[1, 2, 3],
-        n_shared=2,
-        mixer=MAMBA2,
-        n_heads=4,
-        d_intermediate=12,
-        rank=2,
-        attention_rank=2,
-        rope=True,
+    # Parts alone, mixers side by side, and every factor, offset and cap at once.
+    "parts": partial(
+        LanguageModel, VOCAB, 8, 3,
+        mixer=[{"name": "parallel", "mixers": [MAMBA2, ATTENTION], "out_scales": [0.5, 2.0]}, None, {"name": "rglru"}],
+        mlp=[
+            {"name": "gated", "hidden": 6, "activation": "gelu_tanh", "gate_scale": 0.7, "out_scale": 2, "multiple_of": 1},
+            {"name": "sigmoid_moe", "hidden": 5, "n_experts": 4, "top_k": 2, "groups": 2, "latent": 4, "bias": True},
+            {"name": "mlp", "hidden": 5},
+        ],
+        norm_offset=1.0, embedding_scale=2.0, logit_scale=0.5, logit_cap=3.0,
     ),
-}
+    "zamba2": partial(
+        Zamba2, VOCAB, 8, 2, shared_at=[0, 1], mixer=MAMBA2, n_heads=4, d_intermediate=5, rank=2,
+        attention_rank=2, rope=True,
+    ),
+}  # fmt: skip
 
 
 def _all():

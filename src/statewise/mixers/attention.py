@@ -32,7 +32,8 @@ def rotate(x: Tensor, position: Tensor, theta: float, dim: int | None = None) ->
     if dim is not None and dim < x.shape[-1]:
         return torch.cat([rotate(x[..., :dim], position, theta), x[..., dim:]], -1)
     half = x.shape[-1] // 2
-    rate = theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    # Rounded as everybody rounds it: at position 10^5 the last bit of a rate is a hundredth of a radian.
+    rate = 1 / theta ** (torch.arange(half, device=x.device, dtype=torch.float32) / half)
     wide = torch.promote_types(x.dtype, torch.float32)
     angle = (position[..., None, None] * rate).to(wide)  # (B, L, 1, P/2)
     cos, sin = angle.cos(), angle.sin()

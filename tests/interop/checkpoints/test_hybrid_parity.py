@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import statewise
-from statewise.interop.checkpoints import convert
-from statewise.testing.parity import assert_close, parity_laws, sharpen
+from statewise.testing.parity import parity_laws, sharpen
 
 transformers = pytest.importorskip("transformers", reason="the parity tests need transformers (extra: hf)")
 
@@ -24,28 +22,16 @@ CLAMP = "the step size is clamped from below over whole rows, but not when one t
 
 def zamba2(odd: bool) -> Any:
     config = transformers.Zamba2Config(
-        vocab_size=101, hidden_size=20 if odd else 32, num_hidden_layers=5, intermediate_size=27 if odd else 48,
-        layers_block_type=["hybrid" if i in ((0, 2, 3) if odd else (1, 3)) else "linear_attention" for i in range(5)],
+        vocab_size=101, hidden_size=36 if odd else 32, num_hidden_layers=4, intermediate_size=27 if odd else 48,
+        layers_block_type=["linear_attention", "hybrid", "hybrid" if odd else "linear_attention", "hybrid"],
         mamba_d_state=5 if odd else 8, mamba_d_conv=3 if odd else 4, mamba_expand=3 if odd else 2,
-        mamba_ngroups=2 if odd else 1, n_mamba_heads=6 if odd else 4, chunk_size=11 if odd else 16,
-        num_attention_heads=5 if odd else 4, num_mem_blocks=2 if odd else 1, adapter_rank=3,
+        mamba_ngroups=3 if odd else 1, n_mamba_heads=6 if odd else 4, chunk_size=11 if odd else 16,
+        num_attention_heads=9 if odd else 4, num_mem_blocks=2 if odd else 1, adapter_rank=5,
         use_shared_attention_adapter=odd, use_mem_rope=odd, add_bias_linear=odd,
-        time_step_min=0.5, time_step_max=0.6, rms_norm_eps=1e-3 if odd else 1e-5,
+        time_step_min=0.05, time_step_max=0.1, rms_norm_eps=0.3 if odd else 1e-5,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )  # fmt: skip
-    return _often_clamped(transformers.Zamba2ForCausalLM(config))
-
-
-def _often_clamped(model: Any) -> Any:
-    """Small steps and large inputs, so that the clamp matters; hence no cache either where transformers generates."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("dt_bias"):
-                p.sub_(3)
-            if name.endswith("in_proj.weight"):
-                p.mul_(5)
-    model.generation_config.use_cache = False
-    return model
+    return transformers.Zamba2ForCausalLM(config)
 
 
 def falcon_h1(odd: bool) -> Any:
@@ -56,14 +42,13 @@ def falcon_h1(odd: bool) -> Any:
         mamba_rms_norm=odd, mamba_norm_before_gate=odd, mamba_proj_bias=odd, projectors_bias=odd, mlp_bias=odd,
         num_attention_heads=6 if odd else 4, num_key_value_heads=3 if odd else 2, head_dim=6 if odd else 8,
         attention_bias=odd, rms_norm_eps=1e-3 if odd else 1e-5, tie_word_embeddings=odd,
-        time_step_limit=(1.5, 1.9) if odd else (0.0, float("inf")),
+        time_step_limit=(0.05, 0.2) if odd else (0.0, float("inf")),
         rope_parameters={"rope_type": "default", "rope_theta": 1e11 if odd else 1e4},
         ssm_multipliers=[0.7, 1.2, 0.6, 1.4, 0.9], ssm_in_multiplier=1.3, ssm_out_multiplier=0.8,
         attention_in_multiplier=0.9, attention_out_multiplier=1.1, key_multiplier=0.37, mlp_multipliers=[0.6, 1.7],
         embedding_multiplier=5.6, lm_head_multiplier=0.04,
     )  # fmt: skip
-    model = transformers.FalconH1ForCausalLM(config)
-    return _often_clamped(model) if odd else model
+    return transformers.FalconH1ForCausalLM(config)
 
 
 class RecurrentGemma(transformers.RecurrentGemmaForCausalLM):
@@ -104,9 +89,9 @@ def nemotron_h(odd: bool) -> Any:
         moe_shared_expert_intermediate_size=19 if odd else 24, moe_latent_size=11 if odd else None,
         n_group=3 if odd else 1, topk_group=2 if odd else 1, norm_topk_prob=not odd, routed_scaling_factor=2.5,
         use_bias=odd, use_conv_bias=not odd, mlp_bias=odd, layer_norm_epsilon=1e-3 if odd else 1e-5,
-        tie_word_embeddings=False, time_step_min=0.5, time_step_max=0.6,
+        tie_word_embeddings=False, time_step_min=0.05, time_step_max=0.1,
     )  # fmt: skip
-    model = _often_clamped(transformers.NemotronHForCausalLM(config))
+    model = transformers.NemotronHForCausalLM(config)
     model.set_experts_implementation("eager")  # grouped products refuse widths that are no multiple of 16 bytes
     for name, correction in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -114,15 +99,16 @@ def nemotron_h(odd: bool) -> Any:
     return model
 
 
+CLAMPS = {"wrong_chunks": CLAMP, "wrong_steps": CLAMP}
 RESTART = "the recurrent layers start anew with every chunk of more than one token"
 UNMASKED = "the recurrent layers do not look at the attention mask"
 
 # Name -> how it is built, and what is wrong in transformers: always, and for the odd configuration.
 FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
     "recurrent_gemma": (recurrent_gemma, {"wrong_chunks": RESTART, "wrong_padding": UNMASKED}, {}),
-    "falcon_h1": (falcon_h1, {}, {"wrong_chunks": CLAMP, "wrong_padding": BIAS}),
-    "nemotron_h": (nemotron_h, {"wrong_chunks": CLAMP}, {"wrong_padding": BIAS}),
-    "zamba2": (zamba2, {"wrong_chunks": CLAMP}, {"wrong_padding": BIAS}),
+    "falcon_h1": (falcon_h1, {}, CLAMPS | {"wrong_padding": BIAS}),
+    "nemotron_h": (nemotron_h, CLAMPS, {"wrong_padding": BIAS}),
+    "zamba2": (zamba2, CLAMPS, {"wrong_padding": BIAS}),
 }
 
 
@@ -147,21 +133,3 @@ def _laws():
 @pytest.mark.parametrize("law", list(_laws()))
 def test_parity(law):
     law.check()
-
-
-@pytest.mark.parametrize("odd", [False, True], ids=["tiny", "odd"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_round_trip_is_exact(name, odd, tmp_path):
-    """theirs -> ours -> theirs: every weight bit for bit, and a model that transformers builds from the new files."""
-    theirs, _ = pair(name, odd)
-    theirs.save_pretrained(tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "ours", to="statewise")
-    convert(tmp_path / "ours", tmp_path / "back", to="transformers", family=name)
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("theirs", "back"))
-    assert before.keys() == after.keys()
-    assert all(before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in before)
-    again = type(theirs).from_pretrained(tmp_path / "back").eval()
-    tokens = torch.randint(2, 101, (1, 9))
-    with torch.no_grad():
-        # The chunk length, which is no part of a model of ours, decides how sums are rounded.
-        assert_close(again(tokens, use_cache=False).logits, theirs(tokens, use_cache=False).logits, "logits")

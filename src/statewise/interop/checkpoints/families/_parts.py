@@ -134,6 +134,6 @@ def rope_parameters(attention: Config) -> Config:
     return {"rope_type": "default", "rope_theta": attention["rope_theta"], "partial_rotary_factor": part}
 
 
-def mixers_of(config: Config) -> list[str | None]:
-    """The name of each layer's mixer, None where there is none."""
-    return [layer["mixer"] and layer["mixer"]["name"] for layer in config["layers"]]
+def mixers_of(config: Config) -> list[str]:
+    """The name of each layer's mixer, "" where there is none."""
+    return [layer["mixer"]["name"] if layer["mixer"] else "" for layer in config["layers"]]

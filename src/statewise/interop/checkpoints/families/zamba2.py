@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..family import Config, Family, Inexpressible
 from ..fields import Fields, expansion
-from ..rules import Rule, Same, Swapped, same, within
+from ..rules import Form, Rule, Same, Swapped, same, within
 from ._parts import MAMBA2
 
 BLOCK = [
@@ -18,7 +18,7 @@ BLOCK = [
     Rule("fc2.bias", "feed_forward.down_proj.bias"),
 ]
 # What one use adds: where ours stand, where theirs, and how the upper of the two maps is laid out.
-ADDITIONS = [
+ADDITIONS: list[tuple[str, str, Form]] = [
     *((f"{c}_proj.own", f"self_attn.linear_{c}_adapter_list", Same()) for c in "qkv"),
     ("fc1.own", "feed_forward.gate_up_proj_adapter_list", Swapped()),
 ]
