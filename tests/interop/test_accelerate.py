@@ -81,7 +81,7 @@ def build(family: str):
 
 def results(model, family: str) -> dict[str, torch.Tensor]:
     """All that a user does with a language model."""
-    torch.manual_seed(1)
+    torch.manual_seed(2)  # with 1 the two best tokens of one model differ by rounding only
     ids = torch.randint(1, 101, (2, 21))
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -125,7 +125,8 @@ def test_outputs_are_unchanged(family, monkeypatch):
         error = (during[name] - want).abs().max() / scale if scale else during[name].abs().max()
         assert error <= BOUND, f"{name}: relative error {error:.2g}"
     # The functions of the family were really called: none is there for nothing.
-    assert {r.function for r in done.replacements if (family, r.function) not in NEVER_CALLED} == set(calls)
+    functions = {r.function for r in done.replacements if r.function in HOOKS}
+    assert functions - {name for of, name in NEVER_CALLED if of == family} == set(calls)
 
 
 def counting(make, name, calls):
@@ -146,19 +147,21 @@ def counting(make, name, calls):
 
 def test_undone_to_the_very_objects():
     module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
-    before = dict(vars(module))
+    before, norm = dict(vars(module)), module.Mamba2RMSNorm.forward
     done = accelerate("mamba2", quiet=True)
     changed = {name for name in before if vars(module)[name] is not before[name]}
-    assert changed == {name for name in before if name in HOOKS} == {r.function for r in done.replacements}
+    assert changed == {name for name in before if name in HOOKS}
+    assert changed | {"Mamba2RMSNorm", "MambaRMSNormGated"} == {r.function for r in done.replacements}
+    assert module.Mamba2RMSNorm.forward is not norm
     again = accelerate("mamba2", quiet=True)
     assert vars(module)["mamba2_chunk_scan"].__wrapped__ is before["mamba2_chunk_scan"], "wrapped twice"
     again.undo()
     assert vars(module)["mamba2_chunk_scan"] is not before["mamba2_chunk_scan"], "undid what it had not done"
-    done.undo()
-    assert all(vars(module)[name] is before[name] for name in before)
-    accelerate("mamba2", quiet=True)
-    decelerate()
-    assert all(vars(module)[name] is before[name] for name in before)
+    for undo in (done.undo, decelerate):
+        undo()
+        assert all(vars(module)[name] is before[name] for name in before)
+        assert module.Mamba2RMSNorm.forward is norm
+        accelerate("mamba2", quiet=True)
 
 
 def test_whoever_replaces_after_us_is_left_alone():
@@ -175,16 +178,31 @@ def test_the_table(capsys):
     done = accelerate("mamba", "mamba2", "qwen3_next")
     printed = capsys.readouterr().out.splitlines()
     assert printed == str(done).splitlines()
-    assert printed[0] == "mamba       runs on short_conv, selective_scan_step, selective_scan"
-    assert printed[1] == "mamba2      runs on short_conv, ssd_step, ssd"
+    assert printed[0] == "mamba       runs on short_conv, selective_scan_step, selective_scan, rms_norm"
+    assert printed[1] == "mamba2      runs on short_conv, ssd_step, ssd, gated_rms_norm, rms_norm"
     assert "not replaced: torch_chunk_gated_delta_rule (no op)" in printed[2]
 
 
 def test_all_families_by_looking():
     done = accelerate(quiet=True)
     assert set(CONFIGS) <= set(done.families)
-    rows = [r for r in done.replacements if r.family in CONFIGS]
-    assert all(r.op for r in rows), [r for r in rows if not r.op]
+    left = [r.function for r in done.replacements if r.family in CONFIGS and r.op is None]
+    assert left == ["FalconMambaWeightlessRMSNorm"]
+
+
+def test_a_norm_that_is_something_else_is_not_replaced(monkeypatch):
+    module = importlib.import_module("transformers.models.mamba2.modeling_mamba2")
+
+    class OffsetRMSNorm(module.Mamba2RMSNorm):
+        def forward(self, hidden_states):
+            return super().forward(hidden_states) + hidden_states
+
+    OffsetRMSNorm.__module__ = module.__name__
+    monkeypatch.setattr(module, "OffsetRMSNorm", OffsetRMSNorm, raising=False)
+    forward = OffsetRMSNorm.forward
+    done = accelerate("mamba2", quiet=True)
+    assert OffsetRMSNorm.forward is forward
+    assert [r.why for r in done.replacements if r.function == "OffsetRMSNorm"] == ["unknown form"]
 
 
 def test_wrong_family():

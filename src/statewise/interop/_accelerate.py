@@ -25,7 +25,7 @@ class Replacement:
 
     Attributes:
         family: name of the model family, e.g. "mamba2".
-        function: name in its modeling file.
+        function: name in its modeling file, of a function or of the class of a norm.
         op: the op of Statewise that runs now, or "its parts" where a fused function is switched off so that the
             functions around it are used; None if the function was not replaced.
         why: why not, otherwise empty.
@@ -39,7 +39,7 @@ class Replacement:
 
 @dataclass(frozen=True)
 class _Patch:
-    module: ModuleType
+    owner: Any  # a module, or a class
     name: str
     original: Callable[..., Any]
     ours: Callable[..., Any]
@@ -61,8 +61,8 @@ class Acceleration:
         """Put the very objects back that were there before."""
         for patch in self._patches:
             # Whoever replaced our function after us keeps what they put there.
-            if getattr(patch.module, patch.name) is patch.ours:
-                setattr(patch.module, patch.name, patch.original)
+            if getattr(patch.owner, patch.name) is patch.ours:
+                setattr(patch.owner, patch.name, patch.original)
             if patch in _active:
                 _active.remove(patch)
         self._patches.clear()
@@ -95,11 +95,11 @@ _active: list[_Patch] = []
 def accelerate(*families: str, quiet: bool = False) -> Acceleration:
     """Run the state space models of an installed transformers on Statewise's ops.
 
-    The functions that transformers itself marks as replaceable are replaced in its modeling files, so models that exist
-    already run on them too. Where Statewise has no fast kernel (another device than CPU and CUDA, float64), and on CUDA
-    where mamba_ssm or causal-conv1d is installed, a call goes to the function that was there. Outputs stay what they
-    are, up to rounding. Packed rows (`seq_idx`), which transformers refuses without mamba_ssm, work in the families
-    built on Mamba-2 as far as a model hands them on.
+    The functions that transformers itself marks as replaceable are replaced in its modeling files, and so are the norms
+    of these files, so models that exist already run on them too. Where Statewise has no fast kernel (another device
+    than CPU and CUDA, float64), and on CUDA where mamba_ssm or causal-conv1d is installed, a call goes to the function
+    that was there. Outputs stay what they are, up to rounding. Packed rows (`seq_idx`), which transformers refuses
+    without mamba_ssm, work in the families built on Mamba-2 as far as a model hands them on.
 
     Args:
         families: names as "mamba2" or "bamba"; all in which there is something to replace if none is given.
@@ -119,8 +119,10 @@ def accelerate(*families: str, quiet: bool = False) -> Acceleration:
     for family in families or found:
         module = import_module(f"transformers.models.{family}.modeling_{family}")
         packs = "mamba2_chunk_scan" in found[family]
-        for name in found[family]:
-            row, patch = _replace(family, module, name, packs)
+        replaced = [_function(family, module, name, packs) for name in found[family]]
+        if any(name.startswith("mamba") for name in found[family]):
+            replaced += _norms(family, module)
+        for row, patch in replaced:
             replacements.append(row)
             if patch is not None:
                 patches.append(patch)
@@ -136,14 +138,14 @@ def decelerate() -> None:
     Acceleration((), list(_active)).undo()
 
 
-def _replace(family: str, module: ModuleType, name: str, packs: bool) -> tuple[Replacement, _Patch | None]:
+def _function(family: str, module: ModuleType, name: str, packs: bool) -> tuple[Replacement, _Patch | None]:
     from ._hooks import HOOKS
 
     current = getattr(module, name, None)
     if name not in HOOKS:
         return Replacement(family, name, None, "no op"), None
     make, op = HOOKS[name]
-    if any(patch.ours is current for patch in _active):
+    if _is_ours(current):
         return Replacement(family, name, op), None
     if current is None or (unknown := _unknown_parameters(make, current)):
         why = "not found" if current is None else f"unknown arguments {', '.join(unknown)}"
@@ -151,6 +153,26 @@ def _replace(family: str, module: ModuleType, name: str, packs: bool) -> tuple[R
     ours = make(current, packs)
     setattr(module, name, ours)
     return Replacement(family, name, op), _Patch(module, name, current, ours)
+
+
+def _norms(family: str, module: ModuleType) -> list[tuple[Replacement, _Patch | None]]:
+    from . import _norms
+
+    found: list[tuple[Replacement, _Patch | None]] = []
+    for norm in _norms.classes(module):
+        name, current = norm.__name__, norm.forward
+        if _is_ours(current):
+            found.append((Replacement(family, name, _norms.op(norm)), None))
+        elif (ours := _norms.replacement(norm)) is None:
+            found.append((Replacement(family, name, None, "unknown form"), None))
+        else:
+            norm.forward = ours
+            found.append((Replacement(family, name, _norms.op(norm)), _Patch(norm, "forward", current, ours)))
+    return found
+
+
+def _is_ours(function: Any) -> bool:
+    return any(patch.ours is function for patch in _active)
 
 
 def _unknown_parameters(make: Callable[..., Any], current: Callable[..., Any]) -> list[str]:

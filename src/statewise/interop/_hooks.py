@@ -26,7 +26,7 @@ from .shims.mamba_ssm.ops.triton.ssd_combined import scan as ssd
 Function = Callable[..., Any]
 
 
-def _fast(package: str, *tensors: Tensor | None) -> bool:
+def fast(package: str, *tensors: Tensor | None) -> bool:
     """Whether Statewise has kernels for these tensors, and nothing better is installed for them."""
     if torch.compiler.is_exporting():
         return False
@@ -44,7 +44,7 @@ def _packed(packs: bool, kwargs: dict[str, Any]) -> bool:
 
 def _convolves(hidden_states: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     known = activation in (*ACTIVATIONS, "swish") and weight.shape[-1] <= MAX_WIDTH
-    return known and _fast("causal_conv1d", hidden_states, weight, bias)
+    return known and fast("causal_conv1d", hidden_states, weight, bias)
 
 
 def _silu(activation: str | None) -> str | None:
@@ -89,7 +89,7 @@ def fused(original: Function, packs: bool) -> Function:
 
     @wraps(original)
     def replacement(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return None if _fast("mamba_ssm", first) else original(first, *args, **kwargs)
+        return None if fast("mamba_ssm", first) else original(first, *args, **kwargs)
 
     return replacement
 
@@ -101,7 +101,7 @@ def mamba_selective_scan(original: Function, packs: bool) -> Function:
         z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
         return_last_state: bool = False, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        if _packed(packs, kwargs) or not _fast("mamba_ssm", hidden_states, dt, A, B, C, D, z, delta_bias):
+        if _packed(packs, kwargs) or not fast("mamba_ssm", hidden_states, dt, A, B, C, D, z, delta_bias):
             return original(
                 hidden_states, dt, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus,
                 return_last_state=return_last_state, **kwargs,
@@ -118,7 +118,7 @@ def selective_state_update(original: Function, packs: bool) -> Function:
         state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
         dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        if not _fast("mamba_ssm", state, hidden_states, dt, A, B, C, D, z, dt_bias):
+        if not fast("mamba_ssm", state, hidden_states, dt, A, B, C, D, z, dt_bias):
             return original(
                 state, hidden_states, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus, z=z, **kwargs
             )
@@ -137,7 +137,7 @@ def mamba2_chunk_scan(original: Function, packs: bool) -> Function:
         dt_limit: Sequence[float] = UNLIMITED, return_final_states: bool = False, **kwargs: Any,
     ) -> Any:  # fmt: skip
         tensors = (hidden_states, dt, A, B, C, D, dt_bias, initial_states)
-        if _packed(packs, kwargs) or kwargs.get("z") is not None or not _fast("mamba_ssm", *tensors):
+        if _packed(packs, kwargs) or kwargs.get("z") is not None or not fast("mamba_ssm", *tensors):
             return original(
                 hidden_states, dt, A, B, C, chunk_size, D=D, dt_bias=dt_bias, initial_states=initial_states,
                 dt_softplus=dt_softplus, dt_limit=dt_limit, return_final_states=return_final_states, **kwargs,
