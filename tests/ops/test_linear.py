@@ -35,8 +35,19 @@ def served(monkeypatch):
         calls.append(args)
         return numba.product(*args)
 
-    monkeypatch.setattr(package, "_product", product)
+    monkeypatch.setattr(package, "_few_rows", lambda: product)
     return calls
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_many_rows_of_bfloat16(native, monkeypatch):
+    monkeypatch.setattr(package, "_NATIVE_BFLOAT16", native)
+    x, layer = torch.randn(ROWS + 1, 40).bfloat16(), Linear(40, 24).bfloat16()
+    with torch.no_grad():
+        exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+        y, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+    assert y.dtype is torch.bfloat16
+    assert_no_worse(y, plain, exact, 2.0, "y")
 
 
 def test_leading_axes_and_views(served):

@@ -1,4 +1,4 @@
-"""Living with other libraries: their checkpoints, their names, the models they run. Acts on the library from outside."""
+"""Living with other libraries: their checkpoints, names and models. Acts on the library from outside."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .._eager import free
@@ -14,14 +16,18 @@ __all__ = ["linear"]
 # Above this many rows a product has enough to compute, and PyTorch's own serves best.
 ROWS = 16
 DTYPES = (torch.float32, torch.bfloat16)
-_product: Any = None
+
+
+# Without instructions for bfloat16 PyTorch's product of matrices in it is a hundred times slower than one in float32.
+_NATIVE_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias.
 
-    Up to sixteen rows on CPU without gradients, in float32 or bfloat16 (added up in float32), take a kernel that reads
-    each weight once, at the speed of memory; everything else is `torch.nn.functional.linear`.
+    On CPU without gradients, in float32 or bfloat16, up to sixteen rows take a kernel that reads each weight once, at
+    the speed of memory, and adds up in float32. More rows of bfloat16 are multiplied in float32 where the processor
+    has no instructions for bfloat16. Everything else is `torch.nn.functional.linear`.
 
     Args:
         x: (..., K). weight: (O, K). bias: (O,).
@@ -29,18 +35,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., O) in the dtype of x.
     """
-    global _product
     if (
         torch.compiler.is_compiling()  # first: a program must not depend on how many rows there are
         or x.ndim < 2
-        or not 0 < x.numel() <= ROWS * x.shape[-1]
+        or x.numel() == 0
         or x.dtype not in DTYPES
         or x.shape[-1] != weight.shape[-1]
         or not all(t is None or (t.dtype is x.dtype and t.is_contiguous()) for t in (weight, bias))
         or not free(x, weight, bias)
     ):
-        return torch.nn.functional.linear(x, weight, bias)
-    if _product is None:
-        from .numba import product as _product
-    y = _product(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias)
-    return y.view(*x.shape[:-1], weight.shape[0])
+        return F.linear(x, weight, bias)
+    if x.numel() <= ROWS * x.shape[-1]:
+        y = _few_rows()(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias)
+        return y.view(*x.shape[:-1], weight.shape[0])
+    if x.dtype is torch.bfloat16 and not _NATIVE_BFLOAT16:
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
+@cache
+def _few_rows() -> Callable:
+    from .numba import product
+
+    return product
