@@ -18,6 +18,7 @@ COMMANDS = {
     "run": ("run", "train by a recipe (language.bytes if none is named), or go on with a run"),
     "generate": ("generate", "continue a text with a trained model"),
     "evaluate": ("evaluate", "bits per byte of a text under a trained model, beside baselines"),
+    "convert": ("convert", "write a checkpoint in another format: ours, of transformers, of mamba_ssm"),
     "list": ("listing", "models, mixers and recipes"),
     "bench": ("bench", "how fast ops and models are here, side by side with other libraries"),
     "doctor": ("doctor", "what this machine offers, which kernels run on it, and whether they are right"),

@@ -51,6 +51,39 @@ def _mamba2(layers: int, d_model: int, parameters: int) -> Preset:
     return Preset("language", card, config)
 
 
+def _falcon_mamba() -> Preset:
+    card = Card("arXiv 2410.05355", 2024, 7_272_665_088, "Falcon-Mamba 2.0", "Falcon Mamba, norms on dt, B and C")
+    mixer = {"name": "mamba", "coefficient_norm": "unit"}
+    config = {"vocab_size": 65024, "d_model": 4096, "n_layer": 64, "mixer": mixer, "tie_embeddings": False}
+    return Preset("language", card, config)
+
+
+def _codestral_mamba() -> Preset:
+    card = Card("arXiv 2405.21060", 2024, 7_285_403_648, "Apache-2.0", "Codestral Mamba, a Mamba-2 for code")
+    mixer = {"name": "mamba2", "n_groups": 8}
+    config = {"vocab_size": 32768, "d_model": 4096, "n_layer": 64, "mixer": mixer, "tie_embeddings": False}
+    return Preset("language", card, config)
+
+
+def _jamba() -> Preset:
+    card = Card("arXiv 2403.19887", 2024, 51_570_323_328, "Apache-2.0", "Jamba: Mamba, attention and 16 experts")
+    mamba = {"name": "mamba", "coefficient_norm": "rms"}
+    attention = {"name": "attention", "n_heads": 32, "n_kv_heads": 8, "rope": False}
+    dense = {"name": "gated", "hidden": 14336}
+    experts = {"name": "moe", "hidden": 14336, "n_experts": 16, "top_k": 2, "renormalise": False}
+    config = {
+        "vocab_size": 65536,
+        "d_model": 4096,
+        "n_layer": 32,
+        "mixer": [*[mamba] * 4, attention, *[mamba] * 3],
+        "mlp": [dense, experts],
+        "tie_embeddings": False,
+        "residual_in_fp32": False,
+        "norm_eps": 1e-6,
+    }
+    return Preset("language", card, config)
+
+
 PRESETS: dict[str, Preset] = {
     "mamba-130m": _mamba(24, 768, 129_135_360),
     "mamba-370m": _mamba(48, 1024, 371_516_416),
@@ -62,4 +95,7 @@ PRESETS: dict[str, Preset] = {
     "mamba2-780m": _mamba2(48, 1536, 780_161_280),
     "mamba2-1.3b": _mamba2(48, 2048, 1_343_757_312),
     "mamba2-2.7b": _mamba2(64, 2560, 2_702_599_680),
+    "falcon-mamba-7b": _falcon_mamba(),
+    "codestral-mamba-7b": _codestral_mamba(),
+    "jamba-v0.1": _jamba(),
 }

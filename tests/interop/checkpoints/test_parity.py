@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -138,3 +139,31 @@ def _laws():
 @pytest.mark.parametrize("law", list(_laws()))
 def test_parity(law):
     law.check()
+
+
+def test_old_spellings(tmp_path):
+    """Files from before version 5 of transformers: fields of rotary positions at the top, other words for layers."""
+    tokens = torch.arange(9)[None]
+    for name, changes in (
+        ("bamba", {"rope_parameters": ..., "rope_theta": 10000.0, "rope_scaling": None}),
+        ("granitemoehybrid", {"layer_types": ..., "layers_block_type": ["mamba", "attention", "mamba"]}),
+        ("granitemoehybrid", {"layer_types": ["mamba", "attention", "mamba"]}),
+        ("falcon_mamba", {"expand": 16}),  # intermediate_size holds, as in the published file
+    ):
+        theirs, ours = pair(name, False)
+        theirs.save_pretrained(tmp_path)
+        path = tmp_path / "config.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+        assert torch.equal(statewise.load(tmp_path)(tokens), ours(tokens)), name
+
+
+def test_scaled_rotary_positions_are_refused(tmp_path):
+    theirs, _ = pair("bamba", False)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    good = json.loads(path.read_text())
+    for field in ("rope_parameters", "rope_scaling"):
+        path.write_text(json.dumps(good | {field: {"rope_type": "yarn", "factor": 4.0}}))
+        with pytest.raises(ValueError, match=rf"{field}: rope_type: want 'default' .*got 'yarn'"):
+            statewise.load(tmp_path)

@@ -151,6 +151,9 @@ def express(model: Any, layout: str, name: str | None = None, others: bool = Tru
     for candidate in map(families.family, order):
         if candidate.layout != layout:
             continue
+        if candidate.architecture != architecture_of(model):
+            reasons.append(f"{candidate.name}: is for the architecture {candidate.architecture!r}")
+            continue
         try:
             config = candidate.write(complete(model))
             said = build_on_meta(candidate.architecture, candidate.read(Fields(config, candidate.name)), candidate.name)

@@ -88,11 +88,13 @@ def _options(spec: dict[str, Any], module: Any, d_model: int) -> dict[str, Any]:
 def differences(a: Config, b: Config) -> list[str]:
     """What two complete configurations compute differently, as "layers.3.mixer.d_state: 16, there 8"."""
     left, right = dict(_flat(a)), dict(_flat(b))
-    names = [*left, *(name for name in right if name not in left)]
+    differ = [n for n in dict.fromkeys([*left, *right]) if left.get(n) != right.get(n)]
+    # Where one mixer stands for another, its options say nothing more.
+    other = tuple(n.removesuffix("name") for n in differ if n.endswith(".name"))
     return [
-        f"{name}: {left.get(name)!r}, there {right.get(name)!r}"
-        for name in names
-        if name.rpartition(".")[2] not in _NEUTRAL and left.get(name) != right.get(name)
+        f"{n}: {left.get(n)!r}, there {right.get(n)!r}"
+        for n in differ
+        if _NEUTRAL.isdisjoint(n.split(".")) and (n.endswith(".name") or not n.startswith(other))
     ]
 
 

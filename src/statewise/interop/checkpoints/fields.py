@@ -88,13 +88,14 @@ class Fields:
     def rope(self, fraction: float = 1.0) -> tuple[float, float]:
         """Base of the rotary frequencies and the fraction of a head that turns, in the old spelling or in the new."""
         given = self.below("rope_parameters")
-        for name in ("rope_type", "type"):
-            given.only(name, "default", default="default")
-        self.only("rope_scaling", None)
+        for place in (given, self.below("rope_scaling")):
+            for name in ("rope_type", "type"):
+                place.only(name, "default", default="default")
         theta = (given if "rope_theta" in given else self).number("rope_theta", 10000.0, above=0)
-        part = given.number("partial_rotary_factor", fraction, above=0)
+        place = given if "partial_rotary_factor" in given else self
+        part = place.number("partial_rotary_factor", fraction, above=0)
         if part > 1:
-            given.fail("partial_rotary_factor", "a number from 0 to 1")
+            place.fail("partial_rotary_factor", "a number from 0 to 1")
         return theta, part
 
     def time_step_limit(self, name: str = "time_step_limit") -> tuple[float, float | None] | None:
