@@ -1,6 +1,6 @@
 """Language models."""
 
-from .causal_lm import CausalLM
+from ._causal_lm import CausalLM
 from .stack import LanguageModel, LanguageState
 from .zamba2 import Zamba2, Zamba2State
 

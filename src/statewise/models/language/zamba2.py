@@ -18,7 +18,7 @@ from ...mixers.base import CausalMixer
 from ...mixers.layers import RMSNorm
 from ...segments import Segments
 from ...state import State, exportable
-from .causal_lm import CausalLM, check_sizes
+from ._causal_lm import CausalLM, check_sizes
 
 
 @exportable
