@@ -44,7 +44,7 @@ def test_the_embedding_scale_is_rounded_as_it_was_trained():
     [
         ("recurrent_gemma", {"hidden_activation": "silu"}, "hidden_activation: want 'gelu_pytorch_tanh'"),
         ("recurrent_gemma", {"block_types": ["mamba"]}, "block_types: want a list of 'recurrent' and 'attention'"),
-        ("recurrent_gemma", {"rope_scaling": {"type": "linear"}}, "rope_scaling: want None"),
+        ("recurrent_gemma", {"rope_scaling": {"type": "linear"}}, "rope_scaling: type: want 'default'"),
         ("falcon_h1", {"projectors_bias": True}, "projectors_bias: want the value of mamba_proj_bias, False"),
         ("falcon_h1", {"ssm_multipliers": [1, 2]}, "ssm_multipliers: want 5 finite numbers"),
         ("falcon_h1", {"mlp_multipliers": [1, float("nan")]}, "mlp_multipliers: want 2 finite numbers"),
