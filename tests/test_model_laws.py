@@ -35,7 +35,7 @@ MODELS = {
         LanguageModel, VOCAB, 8, 3,
         mixer=[{"name": "parallel", "mixers": [MAMBA2, ATTENTION], "out_scales": [0.5, 2.0]}, None, {"name": "rglru"}],
         mlp=[
-            {"name": "gated", "hidden": 6, "multiple_of": 1, "activation": "gelu", "gate_scale": 2, "out_scale": 3},
+            {"name": "gated", "hidden": 6, "multiple_of": 1, "activation": "gelu_tanh", "gate_scale": 0.7},
             {"name": "sigmoid_moe", "hidden": 5, "n_experts": 4, "top_k": 2, "groups": 2, "latent": 4, "bias": True},
             {"name": "mlp", "hidden": 5},
         ],

@@ -71,7 +71,7 @@ def test_deterministic_whatever_else_is_in_the_batch():
 
 
 def test_bad_options():
-    assert blocks.names() == ["gated", "moe"]
+    assert blocks.names() == ["gated", "mlp", "moe", "sigmoid_moe"]
     for change, message in (
         ({"top_k": 6}, "MoE: top_k: want 1 to n_experts = 5, got 6"),
         ({"n_experts": 0}, "MoE: n_experts: want at least 1, got 0"),
@@ -79,7 +79,7 @@ def test_bad_options():
     ):
         with pytest.raises(ValueError, match=message):
             blocks.create("moe", 4, **{"hidden": 3, "n_experts": 5, "top_k": 2, **change})
-    with pytest.raises(ValueError, match="unknown feed-forward part 'mlp'; known: gated, moe"):
-        blocks.create("mlp", 4)
+    with pytest.raises(ValueError, match="unknown feed-forward part 'moes'; did you mean 'moe'"):
+        blocks.create("moes", 4)
     with pytest.raises(TypeError, match="unknown option of gated 'hiden'; did you mean 'hidden'"):
         blocks.create("gated", 4, hiden=3)

@@ -84,6 +84,26 @@ def _jamba() -> Preset:
     return Preset("language", card, config)
 
 
+def _recurrent_gemma(layers: int, d_model: int, heads: int, parameters: int) -> Preset:
+    card = Card("arXiv 2404.07839", 2024, parameters, "Gemma", "RecurrentGemma (Griffin): RG-LRU and local attention")
+    recurrent = {"name": "rglru", "n_blocks": heads}
+    attention = {"name": "attention", "n_heads": heads, "n_kv_heads": 1, "window": 2048, "out_bias": True}
+    attention["rope_dim"] = d_model // heads // 2
+    config = {
+        "vocab_size": 256000,
+        "d_model": d_model,
+        "n_layer": layers,
+        "mixer": ([recurrent, recurrent, attention] * layers)[:layers],
+        "mlp": {"name": "gated", "hidden": 3 * d_model, "bias": True, "activation": "gelu_tanh"},
+        "norm_eps": 1e-6,
+        "norm_offset": 1.0,
+        # The square root of the width in bfloat16, as the published weights were trained.
+        "embedding_scale": {2560: 50.5, 4096: 64.0}[d_model],
+        "logit_cap": 30.0,
+    }
+    return Preset("language", card, config)
+
+
 PRESETS: dict[str, Preset] = {
     "mamba-130m": _mamba(24, 768, 129_135_360),
     "mamba-370m": _mamba(48, 1024, 371_516_416),
@@ -95,6 +115,8 @@ PRESETS: dict[str, Preset] = {
     "mamba2-780m": _mamba2(48, 1536, 780_161_280),
     "mamba2-1.3b": _mamba2(48, 2048, 1_343_757_312),
     "mamba2-2.7b": _mamba2(64, 2560, 2_702_599_680),
+    "recurrentgemma-2b": _recurrent_gemma(26, 2560, 10, 2_682_862_080),
+    "recurrentgemma-9b": _recurrent_gemma(38, 4096, 16, 8_579_977_216),
     "falcon-mamba-7b": _falcon_mamba(),
     "codestral-mamba-7b": _codestral_mamba(),
     "jamba-v0.1": _jamba(),
