@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import wraps
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def _same(norm: type[nn.Module], ours: Callable[..., Tensor]) -> bool:
     inputs = (x, gate) if norm.__name__.endswith("Gated") else (x,)
     with torch.no_grad():
         for order in orders:
-            module = norm(**given, **order)
+            module: Any = norm(**given, **order)
             module.weight.copy_(weight)
             want, got = module(*inputs), ours(module, *inputs)
             if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-5, atol=1e-6):
