@@ -51,8 +51,10 @@ def test_documents_in_a_row(with_state):
     check(partial(causal_conv1d_fn, seq_idx=seq_idx, activation="silu"), definition, inputs, "documents")
 
 
-@pytest.mark.parametrize("length", [None, 1, 3, 9])
-@pytest.mark.parametrize("ring", [False, True])
+# A ring takes no more inputs at once than it has places.
+@pytest.mark.parametrize(
+    ("length", "ring"), [(n, r) for r in (False, True) for n in (None, 1, 3, 9) if not r or n != 9]
+)
 @pytest.mark.parametrize("rows", ["own", "chosen", "padded"])
 def test_causal_conv1d_update(length, ring, rows):
     from causal_conv1d import causal_conv1d_update
@@ -62,8 +64,6 @@ def test_causal_conv1d_update(length, ring, rows):
     weight, bias = randn(CHANNELS, WIDTH), randn(CHANNELS)
     state = randn(batch if rows == "own" else 6, CHANNELS, size)
     seen = torch.tensor([0, 5, 9], dtype=torch.int32) if ring else None
-    if ring and (length or 1) > size:
-        pytest.skip("a ring takes no more inputs at once than it has places")
     indices = {"own": None, "chosen": [4, 0, 3], "padded": [4, -1, 3]}[rows]
     wide, want_state = x.double() if length else x.double()[..., None], state.double().clone()
     want = torch.zeros_like(wide)

@@ -64,7 +64,9 @@ def real(tmp_path, monkeypatch):
 
 
 def test_an_installed_package_is_kept(real):
-    with pytest.warns(UserWarning, match=r"mamba_ssm: really installed.*force=True"), install_shims() as done:
+    with pytest.warns(UserWarning, match=r"mamba_ssm: really installed.*force=True"):
+        done = install_shims()
+    with done:
         assert done.kept == {"mamba_ssm": str(real / "mamba_ssm" / "__init__.py")}
         assert "mamba_ssm" not in done.installed
         assert "installed, kept:" in str(done)
