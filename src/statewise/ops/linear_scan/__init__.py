@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...segments import INVALID, RESET, Segments
-from .. import _checks
+from .. import _checks, _stretches
 from .._backend import interpreted, numba_reason, resolve, triton_reason
 from .._deterministic import token_apart
 from .._register import TRITON, differentiable, operator
@@ -88,6 +88,14 @@ def linear_scan(
         if dtype.is_complex:
             a, x = out.to(dtype), h.to(dtype)
         return _triton(a, x, None if state is None else state.to(dtype), seg, reverse)
+    if chosen == "numba" and seg is None and not reverse and not torch.compiler.is_compiling():
+        parts = _stretches.count(x.shape[0] * -(-prod(x.shape[2:]) // 16), x.shape[1])
+        if parts > 1:
+            decay = reference.align(a, x.ndim)
+            return _stretches.run(
+                parts, partial(linear_scan, backend=backend), partial(linear_scan_summary, backend=backend), state,
+                x=x, a=decay.expand(*x.shape[:2], *decay.shape[2:]),
+            )  # fmt: skip
     if chosen == "numba":
         h, state = _numba(out.to(dtype), h.to(dtype), None if state is None else state.to(dtype), seg, reverse)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ...segments import Segments
-from .. import _checks, _deterministic
+from .. import _checks, _deterministic, _stretches
 from .._backend import interpreted, numba_reason, resolve, triton_reason
 from .._dt import Limits, step_size
 from .._register import TRITON, differentiable, operator
@@ -271,6 +271,16 @@ def selective_scan(
         for name in ("numba", "triton"):
             available[name] = available[name] or f"algorithm={algorithm!r} is a form of the reference"
     chosen = resolve("selective_scan", available, backend)
+    if chosen == "numba" and seg is None and not torch.compiler.is_compiling():
+        parts = _stretches.count(sizes["B"] * -(-sizes["D"] // 16), sizes["L"])
+        if parts > 1:
+            options: dict[str, Any] = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit}
+            return _stretches.run(
+                parts,
+                partial(selective_scan, A=A, D=D, backend=backend, **options),
+                partial(selective_scan_summary, A=A, D=D, **options),
+                state, x=x, dt=dt, B=B, C=C, z=z,
+            )  # fmt: skip
     if chosen != "reference":
         forward, one = (_forward, _one) if chosen == "numba" else (_triton_forward, _triton_one)
         tensors = (x, dt, A, _grouped(B), _grouped(C), D, z, dt_bias)

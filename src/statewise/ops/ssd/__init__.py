@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from ...segments import Segments
-from .. import _checks, _deterministic
+from .. import _checks, _deterministic, _stretches
 from .._backend import numba_reason, resolve, triton_reason
 from .._dt import Limits, step_size
 from .._precision import no_autocast
@@ -286,6 +286,18 @@ def ssd(
     chosen = resolve("ssd", available, backend)
     if chosen == "triton":
         return _on_gpu((x, dt, A, B, C, D, z, dt_bias), dt_softplus, dt_limit, chunk_size, state, seg)
+    if chosen == "numba" and seg is None and not torch.compiler.is_compiling():
+        parts = _stretches.count(sizes["B"] * sizes["H"], sizes["L"])
+        if parts > 1:
+            options: dict[str, Any] = {
+                "dt_bias": dt_bias, "dt_softplus": dt_softplus, "dt_limit": dt_limit, "chunk_size": chunk_size,
+            }  # fmt: skip
+            return _stretches.run(
+                parts,
+                partial(ssd, A=A, D=D, backend=backend, **options),
+                partial(ssd_summary, A=A, D=D, **options),
+                state, x=x, dt=dt, B=B, C=C, z=z,
+            )  # fmt: skip
     dtype = _checks.compute_dtype(x)
     if sizes["L"] == 1 and seg is None and algorithm is None and not _deterministic.active():
         y, state = ssd_step(
