@@ -30,8 +30,16 @@ OPTIONS: dict[str, list[dict]] = {
     "mamba2": [
         {"d_state": 4, "head_dim": 4},
         {"d_state": 3, "head_dim": 4, "n_groups": 2, "chunk_size": 5, "dt_limit": (0.001, 0.1)},
-        {"d_state": 3, "head_dim": 3, "expand": 1.5, "n_groups": 2, "norm_before_gate": True, "dt_limit": (0.01, None)},
-        {"d_state": 3, "head_dim": 4, "rmsnorm": False, "bias": True, "scales": [0.5, 2.0, 0.7, 1.3, 0.9]},
+        {
+            "d_state": 3,
+            "head_dim": 3,
+            "expand": 1.5,
+            "n_groups": 2,
+            "norm_before_gate": True,
+            "bias": True,
+            "dt_limit": (0.01, None),
+            "scales": [0.5, 2.0, 0.7, 1.3, 0.9],
+        },
     ],
     "rglru": [{}, {"d_rnn": 12, "n_blocks": 3, "d_conv": 1, "a_range": (0.5, 0.9)}],
     "s4d": [{"d_state": 4}, {"d_state": 4, "init": "lin", "discretization": "bilinear", "n_ssm": 2, "train_b": True}],

@@ -32,12 +32,11 @@ MODELS = {
     "hybrid": partial(LanguageModel, VOCAB, 8, 3, mixer=[MAMBA2, MAMBA, ATTENTION], d_intermediate=12),
     # Parts alone, mixers side by side, and every factor, offset and cap at once.
     "parts": partial(
-        LanguageModel, VOCAB, 8, 3,
-        mixer=[{"name": "parallel", "mixers": [MAMBA2, ATTENTION], "out_scales": [0.5, 2.0]}, None, {"name": "rglru"}],
+        LanguageModel, VOCAB, 8, 2,
+        mixer=[{"name": "parallel", "mixers": [MAMBA2, {"name": "rglru"}], "out_scales": [0.5, 2.0]}, None],
         mlp=[
             {"name": "gated", "hidden": 6, "multiple_of": 1, "activation": "gelu_tanh", "gate_scale": 0.7},
             {"name": "sigmoid_moe", "hidden": 5, "n_experts": 4, "top_k": 2, "groups": 2, "latent": 4, "bias": True},
-            {"name": "mlp", "hidden": 5},
         ],
         norm_offset=1.0, embedding_scale=2.0, logit_scale=0.5, logit_cap=3.0,
     ),
