@@ -13,7 +13,6 @@ import torch
 
 from ..._files import write_atomically
 from ..._names import unknown
-from ..._version import __version__
 from ...models._tensors import MAX_SHARD, PICKLE, Entry, Tensors, is_finite, read_json, stale_files, write_tensors
 from . import families
 from .describe import architecture_of, build_on_meta, complete, differences
@@ -122,8 +121,7 @@ def _in_format(found: Checkpoint, to: Layout, name: str | None) -> tuple[str, di
     if to == "statewise":
         if name is not None:
             raise ValueError(f"family: want None with to='statewise', got {name!r}")
-        kind = {"architecture": architecture_of(found.model), "statewise_version": __version__}
-        return to, kind | found.model.config, found.tensors
+        return to, found.model.file_config(), found.tensors
     chosen, config = express(found.model, to, name or (found.family.name if found.family else None), name is None)
     shapes = {n: entry.shape for n, entry in found.tensors.entries.items()}
     tensors = to_theirs(found.tensors, bind(chosen.rules(complete(found.model)), shapes))

@@ -145,8 +145,7 @@ def _open_own(directory: Path) -> Checkpoint:
     name = config["architecture"]
     if name not in models.ARCHITECTURES:
         raise ValueError(f"{directory}: {unknown('architecture', name, models.ARCHITECTURES)}")
-    arguments = {k: v for k, v in config.items() if k not in ("architecture", "statewise_version")}
-    model = build_on_meta(name, arguments, os.fspath(directory / CONFIG))
+    model = build_on_meta(name, _weights.constructor_options(config), os.fspath(directory / CONFIG))
     found = open_tensors(directory)
     raise_problems(found.source, mismatches(found.entries, {n: tuple(t.shape) for n, t in model.state_dict().items()}))
     return Checkpoint(model, found, None, config)

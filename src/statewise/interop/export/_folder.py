@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ... import _version
 from ..._names import unknown
 from ...mixers.base import Causal
 from ...ops import _backend, _deterministic
@@ -58,11 +57,6 @@ def plain_copy(model: Any) -> Any:
     return copy.deepcopy(model, shared).to("cpu", torch.float32).eval()
 
 
-def describe(model: Any) -> dict[str, Any]:
-    """The model's own config.json."""
-    return {"architecture": model.architecture, "statewise_version": _version.__version__, **model.config}
-
-
 def write_metadata(folder: Path, model: Any, kind: str, graphs: Sequence[Graph], suffix: str, **more: Any) -> None:
     """export.json: the model's configuration, and names, dtypes and shapes of what each graph takes and gives."""
     described = {
@@ -73,7 +67,7 @@ def write_metadata(folder: Path, model: Any, kind: str, graphs: Sequence[Graph],
         }
         for g in graphs
     }
-    content = {"format": kind, **more, "config": describe(model), "graphs": described}
+    content = {"format": kind, **more, "config": model.file_config(), "graphs": described}
     (folder / METADATA).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -116,10 +116,8 @@ def _write(graph: Graph, folder: Path, store: _Weights, model: Any) -> None:
         value.const_value = store.keep(value.const_value)
     for node in written.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with paths of the machine that exported
-    written.metadata_props.update(
-        {"statewise.config": json.dumps(_folder.describe(model)), "statewise.graph": graph.kind}
-    )
-    written.producer_name, written.producer_version = "statewise", _folder.describe(model)["statewise_version"]
+    written.metadata_props.update({"statewise.config": json.dumps(model.file_config()), "statewise.graph": graph.kind})
+    written.producer_name, written.producer_version = "statewise", model.file_config()["statewise_version"]
     ir.save(written, folder / f"{graph.kind}.onnx")
 
 
