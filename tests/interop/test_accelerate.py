@@ -92,9 +92,10 @@ def results(model, family: str) -> dict[str, torch.Tensor]:
         prompt = model(ids[:, :17], use_cache=True)
         cache = prompt["cache" if "cache" in prompt else "past_key_values"]
         found["prompt"] = prompt.logits
-        found["one token more"] = model(ids[:, 17:18], cache=cache, use_cache=True).logits
+        for at in (17, 18):
+            found[f"token {at}"] = model(ids[:, at : at + 1], cache=cache, use_cache=True).logits
         if family not in ONE_BY_ONE:
-            found["three tokens more"] = model(ids[:, 18:], cache=cache, use_cache=True).logits
+            found["two tokens more"] = model(ids[:, 19:], cache=cache, use_cache=True).logits
         found["greedy"] = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False).double()
     for mode in (model.train, model.eval):  # transformers takes another way in training
         mode()
