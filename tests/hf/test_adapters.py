@@ -90,7 +90,8 @@ def test_merged_weights_equal_unmerged(build, kind, tmp_path):
     assert isinstance(merged, StatewiseForCausalLM)
     assert_agree(merged(x).logits, want, "merged", 32)
     merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(statewise.load(tmp_path / "merged")(x), merged(x).logits)
+    # Where weights lie in memory decides how a matrix product is rounded, and a file puts them elsewhere.
+    assert_agree(statewise.load(tmp_path / "merged")(x), merged(x).logits, "loaded", 32)
 
 
 def test_parameters_of_a_target(build):
