@@ -85,7 +85,8 @@ def test_merged_weights_equal_unmerged(build, kind, tmp_path):
     want = wrapped(x).logits
     wrapped.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(build(kind, **shaped(kind)), tmp_path / "adapter")
-    assert torch.equal(again(x).logits, want)
+    # Without gradients other kernels serve, which round differently.
+    assert_agree(again(x).logits, want, "loaded", 32)
     merged = wrapped.merge_and_unload()
     assert isinstance(merged, StatewiseForCausalLM)
     assert_agree(merged(x).logits, want, "merged", 32)
