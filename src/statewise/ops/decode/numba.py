@@ -203,7 +203,7 @@ def _mamba(
         (_WIDE, gated_at, channels, rows, channels, 1, _WIDE, 0, eps, like, at[9], at[10], depth, x_like,
          x_at if norm_at != 0 else 0, y_at, depth),
     )  # fmt: skip
-    return failed * work.size
+    return failed * work.size  # named last, so that its memory lives until here
 
 
 @common.driver
@@ -235,7 +235,7 @@ def _mamba2(
         (_WIDE, gated_at, inner, rows, inner, groups, small, at[7], gated_eps, like, at[8], at[9], depth, x_like,
          x_at if norm_at != 0 else 0, y_at, depth),
     )  # fmt: skip
-    return failed * work.size
+    return failed * work.size  # named last, so that its memory lives until here
 
 
 _N, _E = 0, _F(0)  # samples of the types of arguments
