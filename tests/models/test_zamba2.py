@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from statewise.models.language import Zamba2
+from statewise.models.language._causal_lm import run_layer
 from statewise.testing import assert_agree
 
 MAMBA2 = {"name": "mamba2", "d_state": 4, "head_dim": 4}
@@ -45,7 +46,7 @@ def test_what_a_block_gives_stays_off_the_stream():
         for layer in model.layers:
             layer.mixer.out_proj.weight.zero_()
         x = model.embedding(tokens)
-        assert torch.equal(model._stream(x, None, None)[0], x)
+        assert torch.equal(model._stream(x, None, None, run_layer)[0], x)
 
 
 @pytest.mark.parametrize(

@@ -71,13 +71,13 @@ def to_gguf(
         ExportError: llama.cpp computes something else. Nothing is written.
     """
     _folder.require("gguf", "gguf")
+    architecture(model)  # before anybody is sent to install something for a model that cannot be written
     if check and find_spec("llama_cpp") is None:
         raise ImportError(
             "export: llama_cpp is not installed: pip install llama-cpp-python (it needs a C++ compiler), or write the "
             "file unchecked, with check=False (--no-check)"
         )
     target = Path(out)
-    architecture(model)  # before anything is written
     if target.is_dir():
         raise IsADirectoryError(f"{target}: want a file for GGUF, such as {target / 'model.gguf'}")
     _folder.refuse_existing(target, force)
