@@ -75,11 +75,16 @@ def test_stands_back_where_it_must(served):
         torch.vmap(layer)(x[None])
         torch.compile(layer, fullgraph=True, backend="eager")(x)
         linear(x, torch.randn(8, 4).T)  # rows of the weight are not dense
+        linear(x, torch.randn(8))  # a vector, not a matrix
+        linear(x, layer.weight, torch.randn(1))  # broadcast
         assert not served
         layer(x)
     assert len(served) == 1
 
 
 def test_wrong_shapes_are_pytorchs_errors():
-    with torch.no_grad(), pytest.raises(RuntimeError, match="mat1 and mat2"):
-        linear(torch.randn(2, 8), torch.randn(4, 7))
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            linear(torch.randn(2, 8), torch.randn(4, 7))
+        with pytest.raises(RuntimeError, match="expand"):
+            linear(torch.randn(2, 8), torch.randn(4, 8), torch.randn(3))

@@ -40,7 +40,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or x.ndim < 2
         or x.numel() == 0
         or x.dtype not in DTYPES
-        or x.shape[-1] != weight.shape[-1]
+        # The kernel reads memory by these shapes; what else fits, or an error, is PyTorch's.
+        or weight.ndim != 2
+        or x.shape[-1] != weight.shape[1]
+        or (bias is not None and bias.shape != weight.shape[:1])
         or not all(t is None or (t.dtype is x.dtype and t.is_contiguous()) for t in (weight, bias))
         or not free(x, weight, bias)
     ):
