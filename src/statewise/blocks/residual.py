@@ -52,11 +52,9 @@ class ResidualBlock(Causal):
         if self.mixer is None or self.norm is None:
             state = ()
         else:
-            one = None
-            if state is not None and seg is None and self.scale == 1 and not torch.compiler.is_compiling():
-                one = self.mixer.residual_step(x[:, 0], state, self.norm) if x.shape[1] == 1 else None
+            one = self.mixer.residual_step(x, state, seg, self.norm) if self.scale == 1 else None
             if one is not None:
-                x, state = one[0].unsqueeze(1), one[1]
+                x, state = one
             else:
                 y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
                 x = self._add(x, y)

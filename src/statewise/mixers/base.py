@@ -78,8 +78,11 @@ class Causal(nn.Module, ABC):
 class CausalMixer(Causal, SequenceMixer):
     """A mixer that can be streamed."""
 
-    def residual_step(self, x: Tensor, state: State, norm: nn.Module) -> tuple[Tensor, State] | None:
-        """x (B, D) + mixer(norm(x)) for one position, if this mixer has a kernel for all of it that serves; else None.
+    def residual_step(
+        self, x: Tensor, state: State, seg: Segments | None, norm: nn.Module
+    ) -> tuple[Tensor, State] | None:
+        """x + mixer(norm(x)), if x (B, L, D) is one position and this mixer has a kernel for all of it that serves;
+        else None.
 
         Not another meaning: what `step` gives, in one call. Blocks ask for it where speed is all that differs.
         """

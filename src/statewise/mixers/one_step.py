@@ -63,8 +63,12 @@ class OneStep(CausalMixer):
     def _layer(self, norm: decode.Norm | None) -> Callable | None:
         """What `ops.decode.step` takes, or None."""
 
-    def _position(self, x: Tensor, state: Any, norm: nn.Module | None = None) -> tuple[Tensor, Any] | None:
-        """One position x (B, D); with `norm`, x + mixer(norm(x)). None if the kernel does not serve."""
+    def _one(
+        self, x: Tensor, state: Any, seg: Segments | None, norm: nn.Module | None = None
+    ) -> tuple[Tensor, Any] | None:
+        """`_run` of x (B, 1, D), with `norm` x + mixer(norm(x)); None if it is more, or no kernel serves."""
+        if state is None or seg is not None or torch.compiler.is_compiling() or x.shape[1] != 1:
+            return None
         if torch.is_grad_enabled():
             return None
         found = _lookups.setdefault(self, {})
@@ -73,8 +77,8 @@ class OneStep(CausalMixer):
             lookup = found[norm is not None] = self._look_up(norm)
         if lookup.made is None or lookup.heard():
             return None
-        result = decode.step(lookup.made, x, *state)
-        return None if result is None else (result[0], type(state)(*result[1:]))
+        result = decode.step(lookup.made, x[:, 0], *state)
+        return None if result is None else (result[0].unsqueeze(1), type(state)(*result[1:]))
 
     def _look_up(self, norm: nn.Module | None) -> _Lookup:
         made = None
@@ -84,12 +88,7 @@ class OneStep(CausalMixer):
             made = self._layer(None if norm is None else (norm.weight, norm.eps))
         return _Lookup(self, norm, made)
 
-    def residual_step(self, x: Tensor, state: State, norm: nn.Module) -> tuple[Tensor, State] | None:
-        return self._position(x, state, norm)
-
-    def _one(self, x: Tensor, state: Any, seg: Segments | None) -> tuple[Tensor, Any] | None:
-        """`_run` for one position (B, 1, D), or None."""
-        if state is None or seg is not None or torch.compiler.is_compiling() or x.shape[1] != 1:
-            return None
-        one = self._position(x[:, 0], state)
-        return None if one is None else (one[0].unsqueeze(1), one[1])
+    def residual_step(
+        self, x: Tensor, state: State, seg: Segments | None, norm: nn.Module
+    ) -> tuple[Tensor, State] | None:
+        return self._one(x, state, seg, norm)

@@ -34,11 +34,9 @@ def direct(*args: Any) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
-    grad = torch.is_grad_enabled()
-    for t in args:
-        if isinstance(t, Tensor) and (type(t) not in _PLAIN or not t.is_cpu or (grad and t.requires_grad)):
-            return False
-    return True
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
+        return False
+    return plain(*args)
 
 
 def free(*args: Any) -> bool:

@@ -19,7 +19,6 @@ from ..linear import DTYPES, ROWS
 __all__ = ["Heads", "Mamba2Weights", "MambaWeights", "mamba2_layer", "mamba_layer", "step"]
 
 Norm = tuple[Tensor, float]  # weight (D,) and epsilon of an RMS norm
-_kernels: Any = None
 
 
 class MambaWeights(NamedTuple):
@@ -79,13 +78,6 @@ def _fit(weights: Any, before: Norm | None, width: int, **shapes: tuple[int, ...
             raise ValueError(f"{type(weights).__name__}: {name}: want {want}, got {tuple(given[name].shape)}")
 
 
-def _load() -> Any:
-    global _kernels
-    if _kernels is None:
-        from . import numba as _kernels
-    return _kernels
-
-
 def mamba_layer(weights: MambaWeights, norm: Norm | None = None) -> Callable | None:
     """A Mamba layer for `step`: projection, convolution, selective scan, gate, projection.
 
@@ -108,7 +100,11 @@ def mamba_layer(weights: MambaWeights, norm: Norm | None = None) -> Callable | N
     )  # fmt: skip
     large = [w.in_proj, w.in_bias, w.x_proj, w.dt_proj, w.out_proj, w.out_bias, None if norm is None else norm[0]]
     small = [w.A_log, w.conv, w.conv_bias, w.dt_bias, w.D]
-    return _load().mamba(w, norm) if _alike(large) and _alike(small) and plain(*large, *small) else None
+    if not (_alike(large) and _alike(small) and plain(*large, *small)):
+        return None
+    from .numba import mamba
+
+    return mamba(w, norm)
 
 
 def mamba2_layer(weights: Mamba2Weights, norm: Norm | None = None, heads: Heads = _PLAIN) -> Callable | None:
@@ -135,7 +131,11 @@ def mamba2_layer(weights: Mamba2Weights, norm: Norm | None = None, heads: Heads 
     )  # fmt: skip
     large = [w.in_proj, w.in_bias, w.out_proj, w.out_bias, None if norm is None else norm[0]]
     small = [w.A_log, w.conv, w.conv_bias, w.dt_bias, w.D, w.norm]
-    return _load().mamba2(w, norm, heads) if _alike(large) and _alike(small) and plain(*large, *small) else None
+    if not (_alike(large) and _alike(small) and plain(*large, *small)):
+        return None
+    from .numba import mamba2
+
+    return mamba2(w, norm, heads)
 
 
 def step(layer: Callable, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
