@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from .console import terminal
 from .errors import UserError
 from .options import Options
 
 SUITES = ("ops", "models", "scaling")
-FLAGS = ("--quick", "--resume")
 
 
 def bench(
@@ -57,7 +57,7 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     try:
-        console = _console()
+        console = terminal()
         found = peers.installed(device)
         for name, version in found.items():
             console.print(f"{name}: {version}", highlight=False)
@@ -147,20 +147,9 @@ def _lengths(text: str) -> list[int] | None:
     return found
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
 def main(argv: list[str]) -> int:
-    options = Options("bench", bench, positional=["suite"])
+    options = Options("bench", bench, positional=["suite"], switches=["quick", "resume"])
     if "--help" in argv or "-h" in argv:
-        text = options.help()
-        for flag in FLAGS:
-            text = text.replace(f"{flag} BOOL", f"{flag}     ")
-        print(text)
+        print(options.help())
         return 0
-    # A flag stands for itself.
-    return bench(**options.parse([f"{word}=true" if word in FLAGS else word for word in argv]))
+    return bench(**options.parse(argv))

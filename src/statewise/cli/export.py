@@ -10,9 +10,6 @@ from typing import Any, Literal
 from .errors import UserError, user_errors
 from .options import Options
 
-# Options that stand for themselves, without a value.
-FLAGS = ("--no-check", "--force")
-
 # Options that only some formats have, with their defaults.
 _OF = {"graphs": ("onnx", "torch-export"), "capacity": ("onnx", "torch-export"), "form": ("torch-export",)}
 _OF |= {"dtype": ("gguf",), "tokenizer": ("gguf",)}
@@ -89,12 +86,8 @@ def _say(text: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    options = Options("export", export, positional=["model"])
+    options = Options("export", export, positional=["model"], switches=["no_check", "force"])
     if "--help" in argv or "-h" in argv:
-        text = options.help()
-        for flag in FLAGS:
-            text = text.replace(f"{flag} BOOL", f"{flag}     ")
-        print(text)
+        print(options.help())
         return 0
-    # A flag stands for itself.
-    return export(**options.parse([f"{word}=true" if word in FLAGS else word for word in argv]))
+    return export(**options.parse(argv))

@@ -6,6 +6,7 @@ import fnmatch
 import inspect
 import re
 
+from .console import terminal
 from .errors import UserError
 
 
@@ -56,13 +57,9 @@ def main(argv: list[str]) -> int:
     if len(argv) > 1 or (argv and argv[0].startswith("-")):
         raise UserError(f"list: want at most one pattern, got {' '.join(argv)}")
     pattern = argv[0] if argv else "*"
-    from rich.console import Console
     from rich.table import Table
 
-    # Into a pipe: as wide as it takes, so that a row stays a line for grep.
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    out = terminal()
     found = False
     for title, rows in _rows().items():
         kept = [row for row in rows if _matches(pattern, row[0])]
@@ -78,8 +75,8 @@ def main(argv: list[str]) -> int:
         table.add_column(overflow="fold")
         for row in kept:
             table.add_row(*row)
-        console.print(table)
-        console.print()
+        out.print(table)
+        out.print()
     if not found:
         raise UserError(f"list: nothing matches {pattern!r}; `statewise list` shows all")
     return 0

@@ -29,6 +29,7 @@ class Options:
         function: its keyword arguments become options, its docstring their help. A parameter whose default is a
             dataclass becomes a group of options `--name.field`; those named in `flat` lose the prefix.
         positional: parameters given without a flag; those without a default are required.
+        switches: boolean parameters whose option stands for itself and takes no value.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class Options:
         *,
         flat: Sequence[str] = (),
         positional: Sequence[str] = (),
+        switches: Sequence[str] = (),
         about: str | None = None,
     ) -> None:
         self.command, self.function, self.flat, self.positional = command, function, tuple(flat), tuple(positional)
+        self.switches = tuple(switches)
         self.about = about or (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " ")
         self.parser = ArgumentParser(prog=f"statewise {command}", exit_on_error=False)
         self.groups: list[tuple[str, list[str]]] = []
@@ -92,7 +95,7 @@ class Options:
             lines += ["", f"{title}:"]
             for key in keys:
                 action = actions[key]
-                head = f"  --{key.replace('_', '-')} {self._kind(key)}"
+                head = f"  --{key.replace('_', '-')}" + ("" if key in self.switches else f" {self._kind(key)}")
                 default = action.default
                 text = re.sub(r"\s+", " ", action.help or "")
                 text = re.sub(r" \((?:type|default|required).*$", "", text).replace("%%", "%")
@@ -136,7 +139,9 @@ class Options:
                 continue
             flag, has_value, value = word.partition("=")
             name = self._name(flag)
-            if not has_value:
+            if not has_value and name in self.switches:
+                value = "true"
+            elif not has_value:
                 # A negative number is a value; anything else that begins with two dashes is the next option.
                 if not rest or rest[0].startswith("--"):
                     raise UserError(f"{flag}: want a value ({self._kind(name)})")

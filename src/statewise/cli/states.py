@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .console import terminal
 from .errors import UserError, user_errors
 from .options import Options
 
@@ -202,11 +203,6 @@ def _table(*columns: str, header: bool = True) -> Any:
 
 
 def _print(*parts: Any) -> None:
-    from rich.console import Console
-
-    # Into a pipe: as wide as it takes, so that a row stays a line for grep.
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    out = terminal()
     for part in parts:
-        console.print(part, highlight=False, markup=False)
+        out.print(part, highlight=False, markup=False)
