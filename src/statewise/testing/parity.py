@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ PROMISED, GRADIENT = 1e-5, 1e-4
 BATCH, LENGTH, NEW = 2, 33, 24
 CUTS = (5, 6, 19)  # so that a chunk of one token stands between longer ones
 Build = Callable[[], tuple[Any, Any]]
+Wrong = Mapping[str, str]
 
 
 def sharpen(model: Any, generator: torch.Generator) -> None:
@@ -214,3 +215,38 @@ def parity_laws(
         check(*build())
 
     return [Law(getattr(c, "func", c).__name__, partial(run, c)) for c in checks]
+
+
+class Families:
+    """Families of models and the checks of each, in a tiny and in an oddly-sized configuration.
+
+    Args:
+        table: name -> how theirs is built (for an odd configuration or not), and for what transformers itself is wrong
+            there (arguments of `parity_laws`): always, and only if odd.
+        load: our loader.
+    """
+
+    def __init__(self, table: Mapping[str, tuple[Callable[[bool], Any], Wrong, Wrong]], load: Callable[[str], Any]):
+        self.table, self.load = table, load
+        self._pairs: dict[tuple[str, bool], tuple[Any, Any]] = {}
+
+    def pair(self, name: str, odd: bool) -> tuple[Any, Any]:
+        """(theirs with random weights, ours as loaded from what theirs wrote), made once."""
+        if (name, odd) not in self._pairs:
+            torch.manual_seed(0)
+            theirs = self.table[name][0](odd).eval()
+            sharpen(theirs, torch.Generator().manual_seed(1))
+            with tempfile.TemporaryDirectory() as folder:
+                theirs.save_pretrained(folder)
+                self._pairs[name, odd] = theirs, self.load(folder)
+        return self._pairs[name, odd]
+
+    def laws(self) -> dict[str, Law]:
+        """All checks of all families, by "name-tiny-check" and "name-odd-check"."""
+        found = {}
+        for name, (_, wrong, wrong_if_odd) in self.table.items():
+            for odd in (False, True):
+                reasons = {**wrong, **(wrong_if_odd if odd else {})}
+                for law in parity_laws(partial(self.pair, name, odd), self.load, **reasons):
+                    found[f"{name}-{'odd' if odd else 'tiny'}-{law.name}"] = law
+        return found

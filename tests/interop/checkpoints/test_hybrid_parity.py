@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 import statewise
-from statewise.testing.parity import parity_laws, sharpen
+from statewise.testing.parity import Families
 
 transformers = pytest.importorskip("transformers", reason="the parity tests need transformers (extra: hf)")
 
@@ -104,32 +100,17 @@ RESTART = "the recurrent layers start anew with every chunk of more than one tok
 UNMASKED = "the recurrent layers do not look at the attention mask"
 
 # Name -> how it is built, and what is wrong in transformers: always, and for the odd configuration.
-FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
-    "recurrent_gemma": (recurrent_gemma, {"wrong_chunks": RESTART, "wrong_padding": UNMASKED}, {}),
-    "falcon_h1": (falcon_h1, {}, CLAMPS | {"wrong_padding": BIAS}),
-    "nemotron_h": (nemotron_h, CLAMPS, {"wrong_padding": BIAS}),
-    "zamba2": (zamba2, CLAMPS, {"wrong_padding": BIAS}),
-}
+FAMILIES = Families(
+    {
+        "recurrent_gemma": (recurrent_gemma, {"wrong_chunks": RESTART, "wrong_padding": UNMASKED}, {}),
+        "falcon_h1": (falcon_h1, {}, CLAMPS | {"wrong_padding": BIAS}),
+        "nemotron_h": (nemotron_h, CLAMPS, {"wrong_padding": BIAS}),
+        "zamba2": (zamba2, CLAMPS, {"wrong_padding": BIAS}),
+    },
+    statewise.load,
+)
 
 
-@cache
-def pair(name: str, odd: bool) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    theirs = FAMILIES[name][0](odd).eval()
-    sharpen(theirs, torch.Generator().manual_seed(1))
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        return theirs, statewise.load(folder)
-
-
-def _laws():
-    for name, (_, wrong, wrong_if_odd) in FAMILIES.items():
-        for odd in (False, True):
-            reasons = wrong | wrong_if_odd if odd else wrong
-            for law in parity_laws(lambda n=name, o=odd: pair(n, o), statewise.load, **reasons):
-                yield pytest.param(law, id=f"{name}-{'odd' if odd else 'tiny'}-{law.name}")
-
-
-@pytest.mark.parametrize("law", list(_laws()))
+@pytest.mark.parametrize("law", [pytest.param(law, id=name) for name, law in FAMILIES.laws().items()])
 def test_parity(law):
     law.check()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
 import statewise
-from statewise.testing.parity import parity_laws, sharpen
+from statewise.testing.parity import Families
 
 transformers = pytest.importorskip("transformers", reason="the parity tests need transformers (extra: hf)")
 
@@ -107,36 +104,21 @@ BIAS = "padding is masked before the input projection, whose bias then fills it"
 LIMIT = "a step of one token ignores time_step_limit"
 
 # Name -> how it is built, and what is wrong in transformers: always, and for the odd configuration.
-FAMILIES: dict[str, tuple[Callable[[bool], Any], dict[str, str], dict[str, str]]] = {
-    "mamba": (mamba, {"wrong_chunks": MAMBA_1}, {"wrong_padding": BIAS}),
-    "falcon_mamba": (falcon_mamba, {"wrong_chunks": MAMBA_1}, {}),
-    "mamba2": (mamba2, {}, {"wrong_chunks": LIMIT, "wrong_steps": LIMIT}),
-    "bamba": (bamba, {}, {}),
-    "granitemoehybrid": (granitemoehybrid, {}, {}),
-    "granite_dense": (granite_dense, {}, {}),
-    "jamba": (jamba, {"wrong_chunks": MAMBA_1}, {}),
-}
+FAMILIES = Families(
+    {
+        "mamba": (mamba, {"wrong_chunks": MAMBA_1}, {"wrong_padding": BIAS}),
+        "falcon_mamba": (falcon_mamba, {"wrong_chunks": MAMBA_1}, {}),
+        "mamba2": (mamba2, {}, {"wrong_chunks": LIMIT, "wrong_steps": LIMIT}),
+        "bamba": (bamba, {}, {}),
+        "granitemoehybrid": (granitemoehybrid, {}, {}),
+        "granite_dense": (granite_dense, {}, {}),
+        "jamba": (jamba, {"wrong_chunks": MAMBA_1}, {}),
+    },
+    statewise.load,
+)
 
 
-@cache
-def pair(name: str, odd: bool) -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    theirs = FAMILIES[name][0](odd).eval()
-    sharpen(theirs, torch.Generator().manual_seed(1))
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        return theirs, statewise.load(folder)
-
-
-def _laws():
-    for name, (_, wrong, wrong_if_odd) in FAMILIES.items():
-        for odd in (False, True):
-            reasons = wrong | wrong_if_odd if odd else wrong
-            for law in parity_laws(lambda n=name, o=odd: pair(n, o), statewise.load, **reasons):
-                yield pytest.param(law, id=f"{name}-{'odd' if odd else 'tiny'}-{law.name}")
-
-
-@pytest.mark.parametrize("law", list(_laws()))
+@pytest.mark.parametrize("law", [pytest.param(law, id=name) for name, law in FAMILIES.laws().items()])
 def test_parity(law):
     law.check()
 
@@ -150,7 +132,7 @@ def test_old_spellings(tmp_path):
         ("granitemoehybrid", {"layer_types": ["mamba", "attention", "mamba"]}),
         ("falcon_mamba", {"expand": 16}),  # intermediate_size holds, as in the published file
     ):
-        theirs, ours = pair(name, False)
+        theirs, ours = FAMILIES.pair(name, False)
         theirs.save_pretrained(tmp_path)
         path = tmp_path / "config.json"
         config = json.loads(path.read_text()) | changes
@@ -159,7 +141,7 @@ def test_old_spellings(tmp_path):
 
 
 def test_scaled_rotary_positions_are_refused(tmp_path):
-    theirs, _ = pair("bamba", False)
+    theirs, _ = FAMILIES.pair("bamba", False)
     theirs.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     good = json.loads(path.read_text())
