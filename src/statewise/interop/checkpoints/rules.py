@@ -250,7 +250,7 @@ def _translated(
         if len(dtypes) > 1:
             # Putting them into one tensor would round some of them.
             raise ValueError(
-                f"{found.source}: want one dtype for {', '.join(names)}, got {', '.join(map(str, dtypes))}"
+                f"{found.source}: want one dtype for {', '.join(names)}, got {', '.join(sorted(map(str, dtypes)))}"
             )
         for name, shape in shapes.items():
             entries[name] = Entry(shape, *dtypes)
