@@ -6,11 +6,12 @@ The fields are those of hybrids in transformers, which write `mamba_` before eve
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from ..family import Config, first, has
 from ..fields import Fields, expansion
-from ..rules import Insert, Joined, Rule, Swapped, same
+from ..rules import Insert, Joined, Rule, Swapped, same, within
 
 MAMBA = [
     *same("in_proj.weight", "in_proj.bias", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"),
@@ -42,6 +43,30 @@ GATED = [
 ]
 # Granite's names, one matrix [gate, y]:
 GATED_IN_ONE = [Rule("fc1.weight", "input_linear.weight", Swapped()), Rule("fc2.weight", "output_linear.weight")]
+
+
+def stack_of(mixer: list[Rule]) -> Callable[[Config], list[Rule]]:
+    """Rules of a model of norms and mixers of one kind alone, as transformers names them."""
+
+    def rules(config: Config) -> list[Rule]:
+        table = [
+            Rule("embedding.weight", "backbone.embeddings.weight"),
+            Rule("norm_f.weight", "backbone.norm_f.weight"),
+            *same("lm_head.weight"),
+        ]
+        for i in range(len(config["layers"])):
+            table += within(f"layers.{i}", f"backbone.layers.{i}", same("norm.weight"))
+            table += within(f"layers.{i}.mixer", f"backbone.layers.{i}.mixer", mixer)
+        return table
+
+    return rules
+
+
+def of_two(ours: str, theirs: str, mixer: str | None, recurrent: list[Rule]) -> list[Rule]:
+    """Rules of a layer's mixer, which is attention or, under another name, recurrent."""
+    if mixer == "attention":
+        return within(f"{ours}.mixer", f"{theirs}.self_attn", ATTENTION)
+    return within(f"{ours}.mixer", f"{theirs}.mamba", recurrent)
 
 
 # ---- fields ----------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from ..family import Config, Family, first, has, shortest
 from ..fields import Fields
 from ..rules import Rule, same, within
 from ._parts import (
-    ATTENTION,
     GATED,
     MAMBA2,
     mixers_of,
+    of_two,
     read_attention,
     read_mamba2,
     write_attention,
@@ -31,10 +31,7 @@ def rules(config: Config) -> list[Rule]:
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         table += within(ours, theirs, NORMS)
         table += within(f"{ours}.mlp", f"{theirs}.feed_forward", GATED)
-        if mixer == "attention":
-            table += within(f"{ours}.mixer", f"{theirs}.self_attn", ATTENTION)
-        else:
-            table += within(f"{ours}.mixer", f"{theirs}.mamba", MAMBA2)
+        table += of_two(ours, theirs, mixer, MAMBA2)
     return table
 
 

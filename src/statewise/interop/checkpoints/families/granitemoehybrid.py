@@ -8,10 +8,10 @@ from ..family import Config, Family, first, has, shortest
 from ..fields import MAX_LAYERS, Fields
 from ..rules import Rule, Swapped, same, within
 from ._parts import (
-    ATTENTION,
     GATED_IN_ONE,
     MAMBA2,
     mixers_of,
+    of_two,
     read_attention,
     read_mamba2,
     write_attention,
@@ -44,10 +44,7 @@ def rules(config: Config) -> list[Rule]:
             table += within(f"{ours}.mlp.shared", f"{theirs}.shared_mlp", GATED_IN_ONE)
         else:
             table += within(f"{ours}.mlp", f"{theirs}.shared_mlp", GATED_IN_ONE)
-        if mixer == "attention":
-            table += within(f"{ours}.mixer", f"{theirs}.self_attn", ATTENTION)
-        else:
-            table += within(f"{ours}.mixer", f"{theirs}.mamba", MAMBA2)
+        table += of_two(ours, theirs, mixer, MAMBA2)
     return table
 
 

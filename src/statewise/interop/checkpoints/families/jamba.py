@@ -8,7 +8,16 @@ from typing import Any
 from ..family import Config, Family, Inexpressible, first, has, shortest
 from ..fields import MAX_LAYERS, Fields, expansion
 from ..rules import Joined, Rule, Stacked, same, within
-from ._parts import ATTENTION, GATED, MAMBA, MAMBA_NORMS, mixers_of, read_attention, write_attention, write_common
+from ._parts import (
+    GATED,
+    MAMBA,
+    MAMBA_NORMS,
+    mixers_of,
+    of_two,
+    read_attention,
+    write_attention,
+    write_common,
+)
 from .bamba import MODEL, NORMS
 
 
@@ -17,10 +26,7 @@ def rules(config: Config) -> list[Rule]:
     for i, (mixer, layer) in enumerate(zip(mixers_of(config), config["layers"])):
         ours, theirs = f"layers.{i}", f"model.layers.{i}"
         table += within(ours, theirs, NORMS)
-        if mixer == "attention":
-            table += within(f"{ours}.mixer", f"{theirs}.self_attn", ATTENTION)
-        else:
-            table += within(f"{ours}.mixer", f"{theirs}.mamba", [*MAMBA, *MAMBA_NORMS])
+        table += of_two(ours, theirs, mixer, [*MAMBA, *MAMBA_NORMS])
         mlp = layer["mlp"]
         table += within(
             f"{ours}.mlp", f"{theirs}.feed_forward", _experts(mlp["n_experts"]) if mlp["name"] == "moe" else GATED

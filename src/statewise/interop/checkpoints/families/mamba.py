@@ -6,22 +6,7 @@ from typing import Any
 
 from ..family import Config, Family, first
 from ..fields import Fields, expansion
-from ..rules import Rule, same, within
-from ._parts import MAMBA
-
-BACKBONE = [
-    Rule("embedding.weight", "backbone.embeddings.weight"),
-    Rule("norm_f.weight", "backbone.norm_f.weight"),
-    *same("lm_head.weight"),
-]
-
-
-def rules(config: Config) -> list[Rule]:
-    table = list(BACKBONE)
-    for i in range(len(config["layers"])):
-        table += within(f"layers.{i}", f"backbone.layers.{i}", same("norm.weight"))
-        table += within(f"layers.{i}.mixer", f"backbone.layers.{i}.mixer", MAMBA)
-    return table
+from ._parts import MAMBA, stack_of
 
 
 def read(fields: Fields) -> Config:
@@ -78,6 +63,6 @@ FAMILY = Family(
     "transformers",
     read,
     write,
-    rules,
+    stack_of(MAMBA),
     head=("lm_head.weight", "backbone.embeddings.weight"),
 )

@@ -6,17 +6,7 @@ from typing import Any
 
 from ..family import Config, Family, first
 from ..fields import Fields, expansion
-from ..rules import Rule, same, within
-from ._parts import MAMBA2, time_step_limit
-from .mamba import BACKBONE
-
-
-def rules(config: Config) -> list[Rule]:
-    table = list(BACKBONE)
-    for i in range(len(config["layers"])):
-        table += within(f"layers.{i}", f"backbone.layers.{i}", same("norm.weight"))
-        table += within(f"layers.{i}.mixer", f"backbone.layers.{i}.mixer", MAMBA2)
-    return table
+from ._parts import MAMBA2, stack_of, time_step_limit
 
 
 def read(fields: Fields) -> Config:
@@ -78,6 +68,6 @@ FAMILY = Family(
     "transformers",
     read,
     write,
-    rules,
+    stack_of(MAMBA2),
     head=("lm_head.weight", "backbone.embeddings.weight"),
 )
