@@ -41,13 +41,19 @@ def served(monkeypatch):
 
 @pytest.mark.parametrize("native", [False, True])
 def test_many_rows_of_bfloat16(native, monkeypatch):
-    monkeypatch.setattr(package, "_NATIVE_BFLOAT16", native)
+    monkeypatch.setattr(package, "_multiplies_bfloat16", lambda: native)
     x, layer = torch.randn(ROWS + 1, 40).bfloat16(), Linear(40, 24).bfloat16()
     with torch.no_grad():
         exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
         y, plain = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
     assert y.dtype is torch.bfloat16
     assert_no_worse(y, plain, exact, 2.0, "y")
+
+
+def test_a_build_without_onednn(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    assert not package._multiplies_bfloat16.__wrapped__()
 
 
 def test_leading_axes_and_views(served):

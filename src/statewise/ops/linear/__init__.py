@@ -18,10 +18,6 @@ ROWS = 16
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-# Without instructions for bfloat16 PyTorch's product of matrices in it is a hundred times slower than one in float32.
-_NATIVE_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias.
 
@@ -51,9 +47,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.numel() <= ROWS * x.shape[-1]:
         y = _few_rows()(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
-    if x.dtype is torch.bfloat16 and not _NATIVE_BFLOAT16:
+    if x.dtype is torch.bfloat16 and not _multiplies_bfloat16():
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     return F.linear(x, weight, bias)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether PyTorch's product of matrices uses instructions for bfloat16. Without them it takes a hundred times as
+    long as one in float32. Builds without oneDNN, as on Macs, do not even have the question."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @cache
