@@ -21,6 +21,8 @@ OPTIONS: dict[str, list[dict]] = {
         {"n_heads": 2, "rope_dim": 2, "scale": 0.7, "out_bias": True},
         {"n_heads": 2, "n_kv_heads": 1, "d_conv": 3},
     ],
+    "bidirectional_attention": [{"n_heads": 2}, {"n_heads": 4, "rope": False, "bias": False}],
+    "lstm": [{}],
     "mamba": [
         {"d_state": 4},
         {"d_state": 4, "coefficient_norm": "rms"},

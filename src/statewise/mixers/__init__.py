@@ -14,6 +14,8 @@ from .base import Causal, CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMi
 # Registry name -> (module, class). A mixer's card is its docstring: first line, and "Source:" at the end.
 _MIXERS: dict[str, tuple[str, str]] = {
     "attention": ("attention", "Attention"),
+    "bidirectional_attention": ("attention", "BidirectionalAttention"),
+    "lstm": ("lstm", "LSTM"),
     "mamba": ("mamba", "Mamba"),
     "mamba2": ("mamba2", "Mamba2"),
     "rglru": ("rglru", "RGLRU"),
@@ -26,11 +28,13 @@ _MIXERS: dict[str, tuple[str, str]] = {
 _CLASSES = {cls: module for module, cls in _MIXERS.values()}
 
 __all__ = [
+    "LSTM",
     "RGLRU",
     "S4D",
     "S5",
     "Attention",
     "Bidirectional",
+    "BidirectionalAttention",
     "BidirectionalS5",
     "Causal",
     "CausalMixer",
