@@ -19,7 +19,9 @@ from ..._names import unknown
 from ..labelled import Labelled
 
 # Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
-_SETS: dict[str, str] = {}
+_SETS: dict[str, str] = {
+    "listops": "listops:make",
+}
 PROFILES = ("small", "full")
 
 
