@@ -124,8 +124,8 @@ class DenoisingData(StepData):
     Args:
         base: where rows come from.
         objective: "masked": each position is hidden with probability `rate` and only hidden ones are scored. A hidden
-            token becomes MASK; of a hidden value zeros are left, and a channel is added that is 1 where values are
-            shown. "causal": each position's target is the next one, for models that see the past only.
+            token becomes MASK; of a hidden value zeros are left, and a channel is added that is 1 where they
+            are hidden. "causal": each position's target is the next one, for models that see the past only.
         rate: probability of hiding a position, anew in every batch.
         levels: the targets of values are classes, 0 to levels - 1 of the raw values (256 for grey levels); None: the
             normalised values themselves.
@@ -190,8 +190,9 @@ class DenoisingData(StepData):
         targets = _ignored(targets, ~hidden)
         if x.ndim == 2:
             return Batch(x.masked_fill(hidden, MASK), targets, seg)
-        shown = (~hidden).unsqueeze(-1).to(x.dtype)
-        return Batch(torch.cat([x * shown, shown], -1), targets, seg)
+        # 0 where nothing is hidden, so that a model which later drops this channel sees what it is used to.
+        gone = hidden.unsqueeze(-1).to(x.dtype)
+        return Batch(torch.cat([x * (1 - gone), gone], -1), targets, seg)
 
     def _targets(self, x: Tensor) -> Tensor:
         if self.levels is None:
