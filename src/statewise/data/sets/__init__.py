@@ -21,6 +21,15 @@ from ..labelled import Labelled
 # Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
 _SETS: dict[str, str] = {
     "listops": "listops:make",
+    "fashion_mnist": "images:fashion_mnist",
+    "permuted_fashion_mnist": "images:permuted_fashion_mnist",
+    "bit_reversed_fashion_mnist": "images:bit_reversed_fashion_mnist",
+    "mnist": "images:mnist",
+    "permuted_mnist": "images:permuted_mnist",
+    "bit_reversed_mnist": "images:bit_reversed_mnist",
+    "digits": "images:digits",
+    "cifar": "cifar:cifar",
+    "cifar_grey": "cifar:cifar_grey",
 }
 PROFILES = ("small", "full")
 
