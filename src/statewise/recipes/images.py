@@ -1,0 +1,18 @@
+"""Pictures as sequences, pixel by pixel."""
+
+from __future__ import annotations
+
+from .classification import Task, classification
+
+fashion_mnist = classification(
+    Task("image.fashion_mnist", "fashion_mnist", "fashion"),
+    "Sequential Fashion-MNIST: clothing from 784 pixels, one after the other.",
+)
+mnist = classification(
+    Task("image.mnist", "mnist", "mnist"),
+    "Sequential MNIST: digits from 784 pixels, one after the other.",
+)
+cifar = classification(
+    Task("image.cifar", "cifar", "cifar"),
+    "Sequential CIFAR-10: objects from 1024 coloured pixels, one after the other.",
+)
