@@ -21,6 +21,10 @@ from ..labelled import Labelled
 # Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
 _SETS: dict[str, str] = {
     "listops": "listops:make",
+    "pathfinder128": "pathfinder:make128",
+    "pathfinder256": "pathfinder:make256",
+    "pathfinder32": "pathfinder:make32",
+    "pathfinder64": "pathfinder:make64",
 }
 PROFILES = ("small", "full")
 
@@ -47,6 +51,11 @@ def root() -> Path:
     if told:
         return Path(told)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statewise" / "data"
+
+
+def parts(name: str, profile: str, seed: int) -> Path:
+    """Where a maker may keep what it has so far, to go on after it was stopped; `prepare` removes it in the end."""
+    return root() / f".{name}-{profile}-{seed}.parts"
 
 
 def prepare(
