@@ -30,6 +30,10 @@ _SETS: dict[str, str] = {
     "digits": "images:digits",
     "cifar": "cifar:cifar",
     "cifar_grey": "cifar:cifar_grey",
+    "pathfinder128": "pathfinder:make128",
+    "pathfinder256": "pathfinder:make256",
+    "pathfinder32": "pathfinder:make32",
+    "pathfinder64": "pathfinder:make64",
 }
 PROFILES = ("small", "full")
 
@@ -56,6 +60,11 @@ def root() -> Path:
     if told:
         return Path(told)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statewise" / "data"
+
+
+def parts(name: str, profile: str, seed: int) -> Path:
+    """Where a maker may keep what it has so far, to go on after it was stopped; `prepare` removes it in the end."""
+    return root() / f".{name}-{profile}-{seed}.parts"
 
 
 def prepare(

@@ -101,7 +101,9 @@ def generate(
     # Candidate i is a function of (seed, i), and the first of equal ones is kept: so workers cannot change the result.
     while len(rows) < n:
         if drawn >= 20 * n + 10 * _BLOCK:
-            raise ValueError(f"listops: {drawn} draws gave {len(rows)} different expressions; want {n}: widen {grammar}")
+            raise ValueError(
+                f"listops: {drawn} draws gave {len(rows)} different expressions; want {n}: widen {grammar}"
+            )
         count = max(n - len(rows), _BLOCK)
         for some, values in blocks(draw, drawn, count, _BLOCK, workers):
             for row, value in zip(some, values):
