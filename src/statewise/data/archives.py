@@ -98,21 +98,14 @@ def members(path: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
     Raises:
         ValueError: not such an archive, cut short, or larger than `MEMBER_LIMIT` or `ARCHIVE_LIMIT`.
     """
-    kinds = {
-        ".whl": _zip_members,
-        ".zip": _zip_members,
-        ".gz": _tar_members,
-        ".tgz": _tar_members,
-        ".deb": _deb_members,
-    }
-    if path.suffix not in kinds:
+    if path.suffix not in _READERS:
         raise ValueError(f"{path}: want a .whl, .zip, .tar.gz, .tgz or .deb file")
     try:
         with open(path, "rb") as file:
-            yield from kinds[path.suffix](path, file, pattern)
+            yield from _READERS[path.suffix](path, file, pattern)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read: {error}; fetch it again") from error
 
 
@@ -212,11 +205,12 @@ def _tar_members(path: Path, file: IO[bytes], pattern: str) -> Iterator[tuple[st
         for info in archive:
             # What is skipped is decompressed too, so it counts.
             limits.take(info.name, info.size)
-            content = (
-                archive.extractfile(info) if info.isreg() and fnmatch.fnmatchcase(_plain(info.name), pattern) else None
-            )
-            if content is not None:
-                yield _plain(info.name), content.read()
+            name = info.name.removeprefix("./")
+            if not info.isreg() or not fnmatch.fnmatchcase(name, pattern):
+                continue
+            content = archive.extractfile(info)
+            assert content is not None  # of a regular file it never is
+            yield name, content.read()
 
 
 def _deb_members(path: Path, file: IO[bytes], pattern: str) -> Iterator[tuple[str, bytes]]:

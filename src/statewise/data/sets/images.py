@@ -99,10 +99,12 @@ def bit_reversal(n: int) -> np.ndarray:
 
 def _reordered(name: str, data: Labelled, order_of: Callable[[int], np.ndarray]) -> Labelled:
     order = order_of(data.length)
-    parts = {split: (getattr(data, split).inputs[:, order], getattr(data, split).labels) for split in SPLITS}
     # The first entries say which order it is. A picture in this order is not one to look at.
     settings = {**data.settings, "order": [int(i) for i in order[:4]]}
-    splits = {split: Split(*part) for split, part in parts.items()}
+    splits: dict[str, Any] = {}
+    for split in SPLITS:
+        rows = getattr(data, split)
+        splits[split] = Split(rows.inputs[:, order], rows.labels)
     return replace(data, name=name, image=None, settings=settings, **splits)
 
 
@@ -167,5 +169,5 @@ def with_validation(parts: dict[str, Pictures], seed: int) -> dict[str, Pictures
 
 def pictures(name: str, parts: dict[str, Pictures], **card: Any) -> Labelled:
     """A set of pictures; `card` has the other fields of `Labelled`."""
-    splits = {split: Split(*parts[split]) for split in SPLITS}
-    return Labelled(name, length=parts["train"][0].shape[1], **splits, **card)
+    train, validation, test = (Split(*parts[split]) for split in SPLITS)
+    return Labelled(name, train, validation, test, length=parts["train"][0].shape[1], **card)
