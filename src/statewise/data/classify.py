@@ -1,4 +1,4 @@
-"""Batches of labelled sequences, and of the same sequences with parts hidden, to train a model before it is told labels.
+"""Batches of labelled sequences, and of the same sequences with parts hidden, to learn from before any label is told.
 
 Both are functions of (seed, step), as every `StepData`.
 """

@@ -88,9 +88,8 @@ class LSTM(CausalMixer):
         start = [t[home].masked_fill(fresh, 0) for t in state]
         packed = pack_padded_sequence(table, count.cpu(), batch_first=True, enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
-        flat, *ends = torch.lstm(
-            packed.data, packed.batch_sizes, [t[order][None] for t in start], weights, True, 1, 0.0, self.training, False
-        )
+        start = [t[order][None] for t in start]
+        flat, *ends = torch.lstm(packed.data, packed.batch_sizes, start, weights, True, 1, 0.0, self.training, False)
         out, _ = pad_packed_sequence(packed._replace(data=flat), batch_first=True)
         y = y.index_put((row, column), out[group, rank])
         # Of several documents in a row the last one's state goes on.

@@ -17,6 +17,7 @@ __all__ = ["DEFAULT", "Recipe", "execute", "get", "names"]
 # Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
 _RECIPES: dict[str, str] = {
     "image.cifar": "images:cifar",
+    "image.digits": "images:digits",
     "image.fashion_mnist": "images:fashion_mnist",
     "image.mnist": "images:mnist",
     "language.bytes": "language:language_bytes",

@@ -14,6 +14,7 @@ from ..inference import load_run
 from ..training.checkpoint_io import is_no_space
 from ..training.directory import RunDirectory
 from ..training.fit import Outcome, TrainingError, fit, is_first_process
+from . import names
 from .recipe import Phase, Recipe
 
 
@@ -38,7 +39,9 @@ def execute(
     console = console or Console(quiet=True)
     first = is_first_process()
     if first and not resume:
-        header = f"Made by statewise {__version__}. To start such a run again: statewise run --config {run.config}"
+        header = f"Made by statewise {__version__}."
+        if recipe.name in names():  # else it is a phase of another run
+            header += f" To start such a run again: statewise run --config {run.config}"
         try:
             run.write_config(recipe.name, recipe.config(), header)
             write_model_config(recipe.model, run)

@@ -16,9 +16,10 @@ FAMILIES = ("s4", "s4d", "s5", "transformer", "mamba", "mamba2", "lstm")
 SAMPLES = {  # training rows of the full sets, for epochs
     "listops": 96_000, "text": 25_000, "retrieval": 147_086, "image": 45_000, "pathfinder": 160_000, "pathx": 160_000,
     "cifar": 45_000, "fashion": 54_000, "mnist": 54_000, "speech": 84_843,
+    "digits": 1_258,
 }  # fmt: skip
 # Which published model serves a task that the papers do not have.
-_LIKE = {"fashion": "image", "mnist": "image"}
+_LIKE = {"fashion": "image", "mnist": "image", "digits": "image"}
 # Share of positions that are hidden ("Never Train from Scratch", section 4 and appendix).
 MASKED = {"listops": 0.1, "text": 0.15, "retrieval": 0.15, "speech": 0.25}
 MASKED_PIXELS = 0.5
@@ -55,6 +56,7 @@ _S4 = {
     # Ours.
     "fashion": (0.01, 50, 1_000, 100_000),
     "mnist": (0.01, 50, 1_000, 100_000),
+    "digits": (0.01, 50, 100, 2_000),
 }
 # Here the steps learn at the rate of the other weights.
 _GLOBAL_DT = ("listops", "text", "retrieval")
@@ -73,6 +75,7 @@ _S5: dict[str, tuple[int, int, float, float, float, str]] = {
     "cifar": (50, 250, 1e-3, 4.5, 0.07, "B like weights"),
     "fashion": (50, 100, 1e-3, 4.5, 0.07, "B like weights"),
     "mnist": (50, 100, 1e-3, 4.5, 0.07, "B like weights"),
+    "digits": (50, 100, 1e-3, 4.5, 0.07, "B like weights"),
 }
 
 # Learning rates of Transformers, before labels and with them.
@@ -87,6 +90,7 @@ _TRANSFORMER = {
     "cifar": (1e-3, 1e-3),
     "fashion": (1e-3, 1e-3),
     "mnist": (1e-3, 1e-3),
+    "digits": (1e-3, 1e-3),
     "speech": (5e-4, 5e-4),
 }
 _S4_BEFORE = {"text": 5e-4, "retrieval": 5e-4}
@@ -153,6 +157,7 @@ _SIZES = {
     "fashion": (64, 4, 32, 4_000),
     "mnist": (64, 4, 32, 4_000),
     "speech": (32, 4, 8, 3_000),
+    "digits": (32, 2, 32, 600),
 }
 _STATE = 16
 _RATES = {"s4": 0.01, "s4d": 0.01, "s5": 4e-3, "transformer": 1e-3}

@@ -76,7 +76,7 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
         pretrain_steps: int | None = None,
         pretrain_lr: float | None = None,
         limit_train: int | None = None,
-        data: SetOptions = SetOptions(),  # noqa: B008
+        data: SetOptions = SetOptions(),
         training: Training | None = None,
     ) -> Recipe:
         row = setting(task.table, _family(model), profile)
@@ -112,7 +112,8 @@ def _classify(task: Task, row: Setting, training: Training, data: SetOptions, op
     objective = options["pretrain"]
     config = _config(row, options, causal=objective == "causal")
     labelled = _prepare(task.data, options["profile"], data)
-    config |= {"n_outputs": labelled.n_classes, "vocab_size": labelled.vocab_size, "channels": labelled.channels or None}
+    config |= {"n_outputs": labelled.n_classes, "vocab_size": labelled.vocab_size}
+    config |= {"channels": labelled.channels or None}
     config |= {"head": "pair"} if labelled.paired else {}
     batches = ClassifyData(labelled, training.batch_size, seed=training.seed, limit=options["limit_train"])
     before: Phase | None = None

@@ -75,9 +75,7 @@ class Task(pl.LightningModule):
 
     def total_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss summed over all targets that are not IGNORE: here cross-entropy, in nats."""
-        return F.cross_entropy(
-            outputs.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+        return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def add_metrics(self, values: dict[str, Tensor], logits: Tensor, targets: Tensor, scored: Tensor) -> None:
         """Add this task's other metrics to `values`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,5 +219,3 @@ def adopt_encoder(model: SequenceClassifier, weights: Mapping[str, Tensor]) -> N
         if shapes[0] != shapes[1]:
             raise ValueError(f"adopt_encoder: {name}: want shape {shapes[0]}, got {shapes[1]}")
     model.load_state_dict(given, strict=False)
-
-
