@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -44,13 +45,15 @@ def test_a_run_leaves_all_its_files(name, tmp_path):
     assert outcome.finished
     assert {p.name for p in run.path.iterdir()} >= {
         *("config.yaml", "config.json", "metrics.csv", "checkpoints", "model.safetensors"),
-        *("results.json", "curve.png", "confusion.png", "README.md"),
+        *("results.json", "curve.png", "confusion.png", "confusion.csv", "README.md"),
     }
     results = json.loads(run.results.read_text())
     assert f"{results['test_accuracy']:.2%}" in run.card.read_text()
     assert results["baselines"].keys() >= {"majority"}
     assert all(rule in text for rule in results["baselines"])
-    assert sum(map(sum, results["confusion"])) == results["test_rows"] == 10
+    counts = np.loadtxt(run.path / "confusion.csv", delimiter=",")
+    assert counts.sum() == results["test_rows"] == 10
+    assert counts.trace() / 10 == pytest.approx(results["test_accuracy"])
     validated = {r["step"]: r["val_accuracy"] for r in rows if "val_accuracy" in r}
     best = max(run.saved_steps(), key=lambda s: (validated[s], -s))
     assert (results["best_step"], results["val_accuracy"]) == (best, pytest.approx(validated[best], abs=1e-5))

@@ -56,7 +56,7 @@ class LSTM(CausalMixer):
         state = self.init_state(len(x), device=x.device, dtype=x.dtype) if state is None else state
         if x.shape[1] == 0:
             return x, state
-        weights = list(self.parameters())
+        weights: list[Tensor] = list(self.parameters())
         dtype = weights[0].dtype
         start = LSTMState(*(t.to(dtype) for t in state))
         with no_autocast(x):

@@ -56,12 +56,12 @@ def finish_classification(recipe: Recipe, run: RunDirectory, console: Console) -
         "val_accuracy": round(validation, 5),
         "test_accuracy": round(accuracy, 5),
         "baselines": {name: round(value, 5) for name, value in others.items()},
-        "confusion": counts.tolist(),
     }
     if recipe.before is not None:
         results["pretraining"] = json.loads(RunDirectory(run.path / recipe.before.name).results.read_text("utf-8"))
     run.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     plot_curve(run, recipe.task, "share of labels that are right", others, final=accuracy)
+    np.savetxt(run.path / "confusion.csv", counts, fmt="%d", delimiter=",")
     plot_confusion(run.path / "confusion.png", counts, labelled.classes)
     run.card.write_text(_card(recipe, results, run), encoding="utf-8")
     _show(console, recipe, results, run)

@@ -16,9 +16,9 @@ Sizes = tuple[int, int, int]  # rows for training, validation and testing
 _SIZES: Sizes = (37, 11, 10)
 
 
-def _splits(make: Callable[..., Any], sizes: Sizes, seed: int) -> dict[str, Split]:
+def _splits(make: Callable[..., Any], sizes: Sizes, seed: int) -> list[Split]:
     rng = np.random.default_rng(seed)
-    return dict(zip(("train", "validation", "test"), (Split(*make(rng, n)) for n in sizes)))
+    return [Split(*make(rng, n)) for n in sizes]
 
 
 def _rows(rng: np.random.Generator, n: int) -> list[np.ndarray]:
@@ -33,7 +33,7 @@ def tokens(sizes: Sizes = _SIZES, seed: int = 0) -> Labelled:
         rows = _rows(rng, n)
         return Ragged.of(rows), np.array([row[-1] % 2 for row in rows], np.int64)
 
-    return Labelled("toy tokens", **_splits(make, sizes, seed), length=12, n_classes=2, vocab_size=VOCAB)
+    return Labelled("toy tokens", *_splits(make, sizes, seed), length=12, n_classes=2, vocab_size=VOCAB)
 
 
 def pairs(sizes: Sizes = _SIZES, seed: int = 0) -> Labelled:
@@ -44,7 +44,7 @@ def pairs(sizes: Sizes = _SIZES, seed: int = 0) -> Labelled:
         same = [int(x[0] == y[0]) for x, y in zip(a, b)]
         return (Ragged.of(a), Ragged.of(b)), np.array(same, np.int64)
 
-    return Labelled("toy pairs", **_splits(make, sizes, seed), length=12, n_classes=2, vocab_size=VOCAB)
+    return Labelled("toy pairs", *_splits(make, sizes, seed), length=12, n_classes=2, vocab_size=VOCAB)
 
 
 def pixels(sizes: Sizes = _SIZES, seed: int = 0, channels: int = 1) -> Labelled:
@@ -55,7 +55,7 @@ def pixels(sizes: Sizes = _SIZES, seed: int = 0, channels: int = 1) -> Labelled:
         x = rng.integers(0, 100, (n, 16, channels)) + 75 * labels[:, None, None]
         return x.astype(np.uint8), labels
 
-    return Labelled("toy pixels", **_splits(make, sizes, seed), length=16, n_classes=3, mean=100.0, std=50.0)
+    return Labelled("toy pixels", *_splits(make, sizes, seed), length=16, n_classes=3, mean=100.0, std=50.0)
 
 
 SETS: dict[str, Callable[..., Labelled]] = {"tokens": tokens, "pairs": pairs, "pixels": pixels}

@@ -107,7 +107,7 @@ class SequenceClassifier(Pretrained):
         for spec, part in zip(spec_list("mixer", mixer, n_layer), spec_list("mlp", mlp, n_layer)):
             if spec is None and part is None:
                 raise ValueError("mixer: a block has neither a mixer nor a feed-forward part; want one or both")
-            parts = [] if spec is None else [mixers.create(d_model=d_model, **spec)]
+            parts: list[nn.Module] = [] if spec is None else [mixers.create(d_model=d_model, **spec)]
             parts += [] if part is None else [blocks.create(d_model=d_model, **part)]
             for made in parts:
                 self.layers.append(Branch(made, norm_named(norm, d_model), prenorm=prenorm, dropout=dropout))
