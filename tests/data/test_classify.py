@@ -157,7 +157,8 @@ def test_baselines():
     found = label_baselines(toys.tokens((400, 5, 200)))
     assert set(found) == {"majority", "first token", "unigram"}
     assert all(0.3 < value < 0.8 for value in found.values())
-    assert label_baselines(toys.pixels((400, 5, 200)))["linear"] > 0.9
+    found = label_baselines(toys.pixels((400, 5, 200)))
+    assert found["linear"] > 1.5 * found["majority"]
     # The first token of these rows is the label.
     data = toys.tokens((400, 5, 200))
     for split in (data.train, data.test):

@@ -88,7 +88,13 @@ def lti_conv(
         if seg is not None:
             v = seg.mask(v)
         x = reverse_time(v, seg) if reverse else v
-        y = convolve(x.mT, taps, backend).mT if seg is None else _per_document(x, taps, seg, backend)
+        if seg is None:
+            y = convolve(x.mT, taps, backend).mT
+        elif seg.right_padded:
+            # Zeros behind a document add nothing to it, so the rows may stay as they are.
+            y = seg.mask(convolve(x.mT, taps, backend).mT)
+        else:
+            y = _per_document(x, taps, seg, backend)
         if reverse:
             y = reverse_time(y, seg)
     if D is not None:
