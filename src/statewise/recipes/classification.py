@@ -110,7 +110,7 @@ def _classify(task: Task, row: Setting, training: Training, data: SetOptions, op
     from .pretraining import prepared
 
     objective = options["pretrain"]
-    config = _config(row, options, causal=objective == "causal")
+    config = _config(task, row, options, causal=objective == "causal")
     labelled = _prepare(task.data, options["profile"], data)
     config |= {"n_outputs": labelled.n_classes, "vocab_size": labelled.vocab_size}
     config |= {"channels": labelled.channels or None}
@@ -151,18 +151,24 @@ def _model(config: dict[str, Any], seed: int) -> Any:
     return SequenceClassifier(**config)
 
 
-def _config(row: Setting, options: Mapping[str, Any], *, causal: bool) -> dict[str, Any]:
-    from .. import mixers
-
+def _config(task: Task, row: Setting, options: Mapping[str, Any], *, causal: bool) -> dict[str, Any]:
     config, model = dict(row.config), options["model"]
     if not isinstance(model, str):
         config["mixer"] = model
-    elif "," in model:
-        config["mixer"] = [part.strip() for part in model.split(",")]
-    elif model not in FAMILIES and model not in mixers.names():
-        raise ValueError(unknown("model", model, [*FAMILIES, *mixers.names()]))
+    else:
+        names = [part.strip() for part in model.split(",")]
+        specs = [setting(task.table, _known(name), options["profile"]).config["mixer"] for name in names]
+        config["mixer"] = specs if len(specs) > 1 else specs[0]
     config |= {name: options[name] for name in ("d_model", "n_layer") if options[name] is not None}
     return {**config, "mixer": _causal(config["mixer"])} if causal else config
+
+
+def _known(model: str) -> str:
+    from .. import mixers
+
+    if model not in FAMILIES and model not in mixers.names():
+        raise ValueError(unknown("model", model, [*FAMILIES, *mixers.names()]))
+    return model
 
 
 def _causal(mixer: Any) -> Any:
