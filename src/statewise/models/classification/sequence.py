@@ -12,6 +12,7 @@ from ... import blocks, mixers
 from ...blocks.branch import Branch
 from ...blocks.norms import norm_named
 from ...mixers.layers import Linear
+from ...ops.attention import attention_positions
 from ...segments import Segments
 from .._specs import Spec, plain, spec_list
 from .._weights import Pretrained
@@ -132,7 +133,7 @@ class SequenceClassifier(Pretrained):
         """Everything before pooling: (B, L, D), zero at padding."""
         y = self.embed(x)
         if self.positions:
-            y = y + sinusoids(_places(x, seg), y.shape[-1]).to(y.dtype)
+            y = y + sinusoids(attention_positions(None, seg, *y.shape[:2], y.device), y.shape[-1]).to(y.dtype)
         # What stands at padding must not reach a norm over the batch, nor be NaN in the residual stream.
         y = y if seg is None else seg.mask(y)
         for layer in self.layers:
@@ -185,12 +186,6 @@ def pooled(how: str, y: Tensor, seg: Segments | None) -> Tensor:
         return top.masked_fill(~valid.any(1, keepdim=True), 0)
     at = torch.where(valid, torch.arange(y.shape[1], device=y.device), 0).amax(1)
     return y[torch.arange(len(y), device=y.device), at] * valid.any(1, keepdim=True)
-
-
-def _places(x: Tensor, seg: Segments | None) -> Tensor:
-    if seg is not None:
-        return seg.position
-    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
 
 def sinusoids(position: Tensor, d_model: int) -> Tensor:
