@@ -29,6 +29,8 @@ _SETS: dict[str, str] = {
     "digits": "images:digits",
     "cifar": "cifar:cifar",
     "cifar_grey": "cifar:cifar_grey",
+    "text": "text:text",
+    "retrieval": "retrieval:retrieval",
 }
 PROFILES = ("small", "full")
 
