@@ -31,6 +31,8 @@ _SETS: dict[str, str] = {
     "cifar_grey": "cifar:cifar_grey",
     "text": "text:text",
     "retrieval": "retrieval:retrieval",
+    "speech_commands": "speech:speech_commands",
+    "speech_commands_10": "speech:speech_commands_10",
 }
 PROFILES = ("small", "full")
 

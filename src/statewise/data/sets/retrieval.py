@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import chain
@@ -46,7 +46,7 @@ def retrieval(profile: str, *, seed: int, source: Path | None, workers: int, pro
     return _addresses(seed)
 
 
-def _labelled(pairs: dict[str, Callable[[], Iterable[Pair]]], length: int, settings: dict[str, Any]) -> Labelled:
+def _labelled(pairs: Mapping[str, Callable[[], Iterable[Pair]]], length: int, settings: dict[str, Any]) -> Labelled:
     """Encode pairs with the characters of the training pairs. They are read twice or more, so that they need not be
     kept: the published texts are some gigabytes.
     """
