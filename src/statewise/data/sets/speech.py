@@ -20,46 +20,14 @@ Progress = Callable[[int, int], None]
 
 _COMMANDS = "the folder of Speech Commands v0.02, with a folder for each word, validation_list.txt and testing_list.txt"
 _RATE = 16000
-WORDS = tuple(
-    [
-        "backward",
-        "bed",
-        "bird",
-        "cat",
-        "dog",
-        "down",
-        "eight",
-        "five",
-        "follow",
-        "forward",
-        "four",
-        "go",
-        "happy",
-        "house",
-        "learn",
-        "left",
-        "marvin",
-        "nine",
-        "no",
-        "off",
-        "on",
-        "one",
-        "right",
-        "seven",
-        "sheila",
-        "six",
-        "stop",
-        "three",
-        "tree",
-        "two",
-        "up",
-        "visual",
-        "wow",
-        "yes",
-        "zero",
-    ]
+# fmt: off
+WORDS = (
+    "backward", "bed", "bird", "cat", "dog", "down", "eight", "five", "follow", "forward", "four", "go", "happy",
+    "house", "learn", "left", "marvin", "nine", "no", "off", "on", "one", "right", "seven", "sheila", "six", "stop",
+    "three", "tree", "two", "up", "visual", "wow", "yes", "zero",
 )
-TEN_WORDS = tuple(["down", "go", "left", "no", "off", "on", "right", "stop", "up", "yes"])
+# fmt: on
+TEN_WORDS = ("down", "go", "left", "no", "off", "on", "right", "stop", "up", "yes")
 
 _SMALL_RATE = 8000
 _WINDOW = 8000  # samples: one second
