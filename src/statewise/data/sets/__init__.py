@@ -34,6 +34,10 @@ _SETS: dict[str, str] = {
     "pathfinder256": "pathfinder:make256",
     "pathfinder32": "pathfinder:make32",
     "pathfinder64": "pathfinder:make64",
+    "text": "text:text",
+    "retrieval": "retrieval:retrieval",
+    "speech_commands": "speech:speech_commands",
+    "speech_commands_10": "speech:speech_commands_10",
 }
 PROFILES = ("small", "full")
 
