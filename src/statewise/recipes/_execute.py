@@ -18,7 +18,6 @@ from ..training.directory import RunDirectory
 from ..training.fit import Outcome, TrainingError, fit, is_first_process
 from . import names
 from .recipe import Phase, Recipe
-from .recipe import Recipe
 from .run_page import write_page
 
 
