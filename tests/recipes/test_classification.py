@@ -48,19 +48,19 @@ def test_a_run_leaves_all_its_files(name, tmp_path):
         *("results.json", "curve.png", "confusion.png", "confusion.csv", "README.md"),
     }
     results = json.loads(run.results.read_text())
-    assert f"{results['test_accuracy']:.2%}" in run.card.read_text()
+    assert f"{results['accuracy']:.2%}" in run.card.read_text()
     assert results["baselines"].keys() >= {"majority"}
     assert all(rule in text for rule in results["baselines"])
     counts = np.loadtxt(run.path / "confusion.csv", delimiter=",")
     assert counts.sum() == results["test_rows"] == 10
-    assert counts.trace() / 10 == pytest.approx(results["test_accuracy"])
+    assert counts.trace() / 10 == pytest.approx(results["accuracy"])
     validated = {r["step"]: r["val_accuracy"] for r in rows if "val_accuracy" in r}
     best = max(run.saved_steps(), key=lambda s: (validated[s], -s))
     assert (results["best_step"], results["val_accuracy"]) == (best, pytest.approx(validated[best], abs=1e-5))
     # The saved model is that of the best step, and the figures are its own.
     model = load(run.path)
     right = sum(int((model(b.tokens, b.seg).argmax(-1) == b.targets).sum()) for b in made.data.split("test"))
-    assert right / 10 == pytest.approx(results["test_accuracy"])
+    assert right / 10 == pytest.approx(results["accuracy"])
     assert run.read_config() == {"recipe": name, **made.config()}
 
 

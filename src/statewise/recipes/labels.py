@@ -54,7 +54,7 @@ def finish_classification(recipe: Recipe, run: RunDirectory, console: Console) -
         "test_rows": int(counts.sum()),
         "best_step": step,
         "val_accuracy": round(validation, 5),
-        "test_accuracy": round(accuracy, 5),
+        "accuracy": round(accuracy, 5),
         "baselines": {name: round(value, 5) for name, value in others.items()},
     }
     if recipe.before is not None:
@@ -92,7 +92,7 @@ def plot_confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None
 
 
 def _rows(recipe: Recipe, results: dict[str, Any]) -> list[tuple[str, float]]:
-    own = (describe(recipe), results["test_accuracy"])
+    own = (describe(recipe), results["accuracy"])
     return sorted([*results["baselines"].items(), own], key=lambda row: row[1])
 
 
@@ -112,7 +112,7 @@ def _card(recipe: Recipe, results: dict[str, Any], run: RunDirectory) -> str:
     lines = [
         f"# {recipe.name}",
         "",
-        f"- Test accuracy **{results['test_accuracy']:.2%}**, with the weights of step {results['best_step']:,}, the "
+        f"- Test accuracy **{results['accuracy']:.2%}**, with the weights of step {results['best_step']:,}, the "
         f"best on validation ({results['val_accuracy']:.2%})",
         f"- Data: {results['data']}; {results['training_rows']:,} training rows, {results['test_rows']:,} test rows",
         *_facts(recipe, results),
