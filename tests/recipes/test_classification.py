@@ -64,17 +64,22 @@ def test_a_run_leaves_all_its_files(name, tmp_path):
     assert run.read_config() == {"recipe": name, **made.config()}
 
 
-@pytest.mark.parametrize("family", [*tables.FAMILIES, "rglru", "mamba2,attention"])
+# The others are tried once more where there is time.
+QUICK = ("s4", "lstm", "mamba2,attention")
+FAMILIES = [*tables.FAMILIES, "rglru", "mamba2,attention"]
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in FAMILIES])
 def test_any_model_runs(family, tmp_path):
-    if family == "s4":
-        pytest.importorskip("statewise.mixers.s4")
     _, run, outcome, _, _ = _run("lra.listops", tmp_path / "run", model=family, n_layer=2, d_model=16)
     assert outcome.finished
     assert json.loads(run.results.read_text())["parameters"] > 0
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("pretrain", ["masked", "causal"])
+PHASES = (("lra.listops", "masked"), ("lra.retrieval", "masked"), ("image.fashion_mnist", "causal"))
+
+
+@pytest.mark.parametrize(("name", "pretrain"), PHASES)
 def test_a_phase_before_the_labels(name, pretrain, tmp_path):
     options = {"pretrain": pretrain, "pretrain_steps": 4}
     made, run, _, rows, _ = _run(name, tmp_path / "run", **options)
@@ -156,9 +161,6 @@ def test_the_table_fills_in_what_is_not_said():
 def test_every_row_of_the_tables_makes_a_model(task, profile):
     for family in tables.FAMILIES:
         row = tables.setting(task, family, profile)
-        names = [row.config["mixer"]] if isinstance(row.config["mixer"], str) else [row.config["mixer"]["name"]]
-        if "bidirectional_s4" in names:
-            pytest.importorskip("statewise.mixers.s4")
         with torch.device("meta"):
             model = SequenceClassifier(**row.config, n_outputs=2, channels=1)
         for name, told in row.training.special.items():

@@ -16,9 +16,10 @@ Sizes = tuple[int, int, int]  # rows for training, validation and testing
 _SIZES: Sizes = (37, 11, 10)
 
 
-def _splits(make: Callable[..., Any], sizes: Sizes, seed: int) -> list[Split]:
+def _splits(make: Callable[..., Any], sizes: Sizes, seed: int) -> tuple[Split, Split, Split]:
     rng = np.random.default_rng(seed)
-    return [Split(*make(rng, n)) for n in sizes]
+    train, validation, test = (Split(*make(rng, n)) for n in sizes)
+    return train, validation, test
 
 
 def _rows(rng: np.random.Generator, n: int) -> list[np.ndarray]:
