@@ -147,6 +147,8 @@ def test_the_table_fills_in_what_is_not_said():
     s4d = _options("lra.listops").parse(["--profile", "full", "--steps", "9"])["training"]
     assert (s4d.batch_size, s4d.steps, s4d.warmup, s4d.lr) == (32, 9, 12_000, 0.01)
     assert s4d.lr * s4d.dynamics_lr == pytest.approx(1e-3)
+    again = _options("lra.listops").parse([], recipes.get("lra.listops")(model="s5", d_model=8, n_layer=1).config())
+    assert again["training"] == tables.setting("listops", "s5", "small").training
     # A file says what the table would, then the command line has the last word.
     values = _options("lra.listops").parse(["--lr", "0.5"], {"profile": "full", "lr": 0.25, "warmup": 3})
     assert (values["training"].lr, values["training"].warmup, values["training"].steps) == (0.5, 3, 120_000)

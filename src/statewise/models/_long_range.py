@@ -83,7 +83,9 @@ def config(family: str, task: str) -> dict[str, Any]:
     """Arguments of `SequenceClassifier` for "s4", "s4d", "s5" or "transformer" on one of TASKS."""
     if family in ("s4", "s4d"):
         row, rest = _S4[task]
-        return _s4(f"bidirectional_{family}", *row, **rest)
+        made = _s4(f"bidirectional_{family}", *row, **rest)
+        # S4 always trains B; in S4D it is an option, which the authors' experiments take.
+        return made if family == "s4" else {**made, "mixer": {**made["mixer"], "train_b": True}}
     if family == "s5":
         row, rest = _S5[task]
         return _s5(*row, **rest)

@@ -178,7 +178,7 @@ def _small(task: str, family: str) -> Setting:
     else:
         options = {"mamba": {"d_state": _STATE}, "mamba2": {"d_state": 32, "head_dim": 16}}.get(family, {})
         config |= {"mixer": {"name": family, **options}, "norm": "rms"}
-    every = max(steps // 20, 1)
+    every = max(steps // 10, 1)  # validating costs minutes too
     own = {"dynamics_lr": 1e-3 / lr} if family in ("s4", "s4d", "s5") else {"clip": 1.0}
     training = _protocol(
         lr=lr, weight_decay=0.05, steps=steps, batch_size=batch, warmup=steps // 20, eval_every=every,
