@@ -133,7 +133,7 @@ class SequenceClassifier(Pretrained):
         """Everything before pooling: (B, L, D), zero at padding."""
         y = self.embed(x)
         if self.positions:
-            y = y + sinusoids(attention_positions(None, seg, *y.shape[:2], y.device), y.shape[-1]).to(y.dtype)
+            y = y + sinusoids(attention_positions(None, seg, y.shape[0], y.shape[1], y.device), y.shape[-1]).to(y.dtype)
         # What stands at padding must not reach a norm over the batch, nor be NaN in the residual stream.
         y = y if seg is None else seg.mask(y)
         for layer in self.layers:
