@@ -58,14 +58,27 @@ def free_memory(device: str = "cpu") -> float:
         return float("inf")
 
 
+def _status(field: str) -> int | None:
+    """A size of this process, in bytes, as Linux tells it."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(f"{field}:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def memory() -> int | None:
+    """Bytes that this process holds in RAM now; None where the system does not tell."""
+    return _status("VmRSS")
+
+
 def peak_memory() -> int:
     """Most bytes this process has held in RAM."""
-    try:
-        # Not getrusage: on Linux a child begins with the peak of the process that forked it.
-        with open("/proc/self/status", encoding="utf-8") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource
+    # Not getrusage where it can be helped: on Linux a child begins with the peak of the process that forked it.
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    import resource
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if platform.system() == "Darwin" else peak * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if platform.system() == "Darwin" else used * 1024

@@ -16,6 +16,7 @@ from .errors import Interrupted, UserError
 # Name -> (module, what it does); the module has `main(argv) -> exit code`.
 COMMANDS = {
     "run": ("run", "train by a recipe (language.bytes if none is named), or go on with a run"),
+    "compare": ("compare", "train several models under one recipe, with equal means, and compare them"),
     "generate": ("generate", "continue a text with a trained model"),
     "states": ("states", "list, show, trim, compare, fork and remove stored states"),
     "evaluate": ("evaluate", "bits per byte of a text under a trained model, beside baselines"),

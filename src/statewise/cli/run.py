@@ -46,7 +46,7 @@ def _about(recipe: str) -> str:
     return (recipes.get(recipe).__doc__ or "").split("\n")[0].rstrip(".")
 
 
-def _take(argv: list[str], flag: str) -> str | None:
+def take(argv: list[str], flag: str) -> str | None:
     """Remove `--flag VALUE` or `--flag=VALUE` from argv and return the value."""
     for i, word in enumerate(argv):
         if word == flag:
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print(_help(named or recipes.DEFAULT))
         return 0
-    resume = _take(argv, "--resume")
+    resume = take(argv, "--resume")
     if resume is not None:
         if argv or named:
             left = " ".join([*([named] if named else []), *argv])
@@ -76,7 +76,14 @@ def main(argv: list[str]) -> int:
     return _start(named, argv)
 
 
-def _build(recipe: str, values: Mapping[str, Any]) -> Any:
+def parsed(recipe: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a recipe from the content of a config.yaml without its `recipe`."""
+    values = _options(recipe).parse([], config)
+    values.pop("out")
+    return values
+
+
+def build(recipe: str, values: Mapping[str, Any]) -> Any:
     from ..training.fit import check
 
     with user_errors():
@@ -88,7 +95,7 @@ def _start(named: str | None, argv: list[str]) -> int:
     from ..training.directory import RunDirectory, read_config
     from ..training.fit import is_first_process
 
-    file = _take(argv, "--config")
+    file = take(argv, "--config")
     config: dict[str, Any] = {}
     if file is not None:
         with user_errors():
@@ -103,7 +110,7 @@ def _start(named: str | None, argv: list[str]) -> int:
         # Before anything slow, and before anything is made.
         with user_errors():
             RunDirectory.new(recipe, out)
-    built = _build(recipe, values)
+    built = build(recipe, values)
     if is_first_process():
         with user_errors():
             run = RunDirectory.new(recipe, out)
@@ -116,22 +123,27 @@ def _start(named: str | None, argv: list[str]) -> int:
 
 def _resume(path: str) -> int:
     from ..training.directory import RunDirectory
-    from ..training.fit import is_first_process
 
     with user_errors():
         run = RunDirectory.open(path)
+        if run.card.is_file():
+            raise ValueError(f"--resume: {run} is finished; see {run.card}, or start a new run")
+    return go_on(run, resume=True)
+
+
+def go_on(run: RunDirectory, *, resume: bool) -> int:
+    """Run what config.yaml of a run directory says, from its newest checkpoint or from the start."""
+    from ..training.fit import is_first_process
+
+    with user_errors():
         config = run.read_config()
         recipe = config.pop("recipe", None)
         if not isinstance(recipe, str):
             raise ValueError(f"{run.config} names no recipe")
-        if run.card.is_file():
-            raise ValueError(f"--resume: {run} is finished; see {run.card}, or start a new run")
-    values = _options(recipe).parse([], config)
-    values.pop("out")
-    built = _build(recipe, values)
+    built = build(recipe, parsed(recipe, config))
     if is_first_process():
         os.environ[_SHARED] = str(run)
-    return _execute(built, run, resume=True)
+    return _execute(built, run, resume=resume)
 
 
 def _execute(built: Any, run: RunDirectory, *, resume: bool) -> int:

@@ -93,10 +93,11 @@ def finish_language(recipe: Recipe, run: RunDirectory, console: Console) -> None
         "held_out_bytes": len(held_out),
         "bits_per_byte": round(bits, 4),
         "baselines": {name: round(value, 4) for name, value in others.items()},
+        "samples": [(prompt, _printable(text)) for prompt, text in zip(prompts, texts)],
     }
     _write(run.results, json.dumps(results, indent=2) + "\n")
     plot_curve(run, recipe.task, "bits per byte", others, final=bits)
-    samples = list(zip(prompts, texts))
+    samples = results["samples"]
     _write(run.card, _language_card(recipe, results, samples))
     _show_language(console, results, samples)
     _show_directory(console, run)
@@ -114,7 +115,7 @@ def _show_language(console: Console, results: dict[str, Any], samples: list[tupl
     console.print(table)
     for prompt, text in samples:
         console.print()
-        console.print(f"[bold]{escape(prompt)}[/]{escape(_printable(text))}", highlight=False, soft_wrap=True)
+        console.print(f"[bold]{escape(prompt)}[/]{escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _printable(text: str) -> str:
@@ -124,7 +125,7 @@ def _printable(text: str) -> str:
 
 def _show_directory(console: Console, run: RunDirectory) -> None:
     console.print()
-    console.print(f"Saved in [bold]{escape(str(run))}[/] (start with README.md and curve.png). Next:", highlight=False)
+    console.print(f"Saved in [bold]{escape(str(run))}[/] (start with report.html). Next:", highlight=False)
     console.print(f'  statewise generate {escape(str(run))} --prompt "The "', highlight=False, soft_wrap=True)
 
 
@@ -145,7 +146,7 @@ def finish_probe(recipe: Recipe, run: RunDirectory, console: Console) -> None:
     table.add_row(describe(recipe), f"{last['val_accuracy']:.1%}", style="bold green")
     console.print()
     console.print(table)
-    console.print(f"\nSaved in [bold]{escape(str(run))}[/]", highlight=False)
+    console.print(f"\nSaved in [bold]{escape(str(run))}[/] (start with report.html)", highlight=False)
 
 
 def describe(recipe: Recipe) -> str:
@@ -201,7 +202,7 @@ def _language_card(recipe: Recipe, results: dict[str, Any], samples: list[tuple[
         "",
     ]
     for prompt, text in samples:
-        lines += ["```text", f"{prompt}{_printable(text)}".replace("```", "'''"), "```", ""]
+        lines += ["```text", f"{prompt}{text}".replace("```", "'''"), "```", ""]
     lines += [
         "## Use",
         "",

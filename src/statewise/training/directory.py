@@ -21,7 +21,7 @@ class RunDirectory:
     """Paths inside a run directory.
 
     config.yaml (all options; `--config` takes it), metrics.csv, checkpoints/step-*.safetensors, and when the run ends
-    model.safetensors with config.json, results.json, curve.png and README.md.
+    model.safetensors with config.json, results.json, machine.json, curve.png, README.md and report.html.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -31,8 +31,10 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model.safetensors"
         self.results = self.path / "results.json"
+        self.machine = self.path / "machine.json"
         self.curve = self.path / "curve.png"
         self.card = self.path / "README.md"
+        self.page = self.path / "report.html"
 
     def __str__(self) -> str:
         return str(self.path)
