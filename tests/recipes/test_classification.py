@@ -92,7 +92,9 @@ def test_a_phase_before_the_labels(name, pretrain, tmp_path):
     # The weights were handed over: a run that starts from others has another first loss.
     _, _, _, scratch, _ = _run(name, tmp_path / "scratch")
     assert rows[0]["loss"] != scratch[0]["loss"]
-    assert made.before.recipe.training.lr == tables.setting("listops", "s4d", "small").pretrain_lr
+    first = made.before.recipe.training
+    assert first.lr == tables.setting("listops", "s4d", "small").pretrain_lr
+    assert first.lr * first.dynamics_lr == pytest.approx(SHORT.lr * SHORT.dynamics_lr)
 
 
 def test_both_phases_can_be_resumed(tmp_path):
@@ -149,6 +151,8 @@ def test_the_table_fills_in_what_is_not_said():
     assert s4d.lr * s4d.dynamics_lr == pytest.approx(1e-3)
     again = _options("lra.listops").parse([], recipes.get("lra.listops")(model="s5", d_model=8, n_layer=1).config())
     assert again["training"] == tables.setting("listops", "s5", "small").training
+    after = _options("lra.text").parse(["--model", "s4", "--profile", "full", "--pretrain", "masked"])["training"]
+    assert (after.lr, after.final_lr, after.dynamics_lr) == (5e-4, 1.0, 1.0)
     # A file says what the table would, then the command line has the last word.
     values = _options("lra.listops").parse(["--lr", "0.5"], {"profile": "full", "lr": 0.25, "warmup": 3})
     assert (values["training"].lr, values["training"].warmup, values["training"].steps) == (0.5, 3, 120_000)

@@ -36,9 +36,20 @@ class Setting:
     pretrain_lr: float = 1e-3
 
 
-def setting(task: str, family: str, profile: str) -> Setting:
-    """The row of a table; `family` is one of FAMILIES, or anything else for a mixer with options of its own."""
-    return _full(task, family) if profile == "full" else _small(task, family)
+def setting(task: str, family: str, profile: str, *, pretrained: bool = False) -> Setting:
+    """The row of a table; `family` is one of FAMILIES, or anything else for a mixer with options of its own.
+
+    Args:
+        pretrained: the training follows one without labels.
+    """
+    if profile != "full":
+        return _small(task, family)
+    row = _full(task, family)
+    if not pretrained or family not in ("s4", "s4d"):
+        return row
+    lr = _S4_AFTER.get(task, 1e-3)
+    rates = {"lr": lr, "dynamics_lr": min(1e-3 / lr, 1.0), "warmup": min(row.training.warmup, 5_000), "final_lr": 1.0}
+    return replace(row, training=replace(row.training, **rates))
 
 
 # ---- full ----------------------------------------------------------------------------------------------------------
@@ -93,7 +104,9 @@ _TRANSFORMER = {
     "digits": (1e-3, 1e-3),
     "speech": (5e-4, 5e-4),
 }
+# S4 around pre-training: its rate, and that of what follows, constant after the warm-up; 1e-3 elsewhere.
 _S4_BEFORE = {"text": 5e-4, "retrieval": 5e-4}
+_S4_AFTER = {"text": 5e-4, "retrieval": 5e-4}
 
 
 def _protocol(**options: Any) -> Training:
@@ -184,4 +197,4 @@ def _small(task: str, family: str) -> Setting:
         lr=lr, weight_decay=0.05, steps=steps, batch_size=batch, warmup=steps // 20, eval_every=every,
         checkpoint_every=every, **own,
     )  # fmt: skip
-    return Setting(config, training)
+    return Setting(config, training, lr)

@@ -79,7 +79,7 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
         data: SetOptions = SetOptions(),
         training: Training | None = None,
     ) -> Recipe:
-        row = setting(task.table, _family(model), profile)
+        row = setting(task.table, _family(model), profile, pretrained=pretrain != "none")
         options = {
             "model": model, "profile": profile, "d_model": d_model, "n_layer": n_layer, "pretrain": pretrain,
             "pretrain_steps": pretrain_steps, "pretrain_lr": pretrain_lr, "limit_train": limit_train,
@@ -88,7 +88,8 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
         return _classify(task, row, row.training if training is None else training, data, options)
 
     def defaults_for(values: Mapping[str, Any]) -> dict[str, Training]:
-        row = setting(task.table, _family(values.get("model", "s4d")), values.get("profile", "small"))
+        family, profile = _family(values.get("model", "s4d")), values.get("profile", "small")
+        row = setting(task.table, family, profile, pretrained=values.get("pretrain", "none") != "none")
         return {"training": row.training}
 
     recipe.__doc__ = about + _ARGUMENTS
@@ -98,9 +99,9 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
 
 
 def _family(model: ModelChoice) -> str:
-    if isinstance(model, str):
-        return model
-    return str(model.get("name", "")) if isinstance(model, Mapping) else "a list"
+    if isinstance(model, Mapping):
+        model = str(model.get("name", ""))
+    return model.removeprefix("bidirectional_") if isinstance(model, str) else "a list"
 
 
 def _classify(task: Task, row: Setting, training: Training, data: SetOptions, options: dict[str, Any]) -> Recipe:
@@ -112,9 +113,10 @@ def _classify(task: Task, row: Setting, training: Training, data: SetOptions, op
     objective = options["pretrain"]
     config = _config(task, row, options, causal=objective == "causal")
     labelled = _prepare(task.data, options["profile"], data)
-    config |= {"n_outputs": labelled.n_classes, "vocab_size": labelled.vocab_size}
-    config |= {"channels": labelled.channels or None}
-    config |= {"head": "pair"} if labelled.paired else {}
+    config["n_outputs"], config["vocab_size"] = labelled.n_classes, labelled.vocab_size
+    config["channels"] = labelled.channels or None
+    if labelled.paired:
+        config["head"] = "pair"
     batches = ClassifyData(labelled, training.batch_size, seed=training.seed, limit=options["limit_train"])
     before: Phase | None = None
     if objective != "none":
@@ -130,12 +132,13 @@ def _classify(task: Task, row: Setting, training: Training, data: SetOptions, op
 
 def _first(training: Training, row: Setting, options: Mapping[str, Any]) -> Training:
     """The training before labels."""
-    steps = options["pretrain_steps"] or training.steps
+    steps, lr = options["pretrain_steps"] or training.steps, options["pretrain_lr"] or row.pretrain_lr
     every = max(steps // 10, 1)
     return replace(
         training,
         steps=steps,
-        lr=options["pretrain_lr"] or row.pretrain_lr,
+        lr=lr,
+        dynamics_lr=min(training.dynamics_lr * training.lr / lr, 1.0),  # the dynamics keep their rate
         warmup=min(training.warmup, steps // 10),
         eval_every=every,
         checkpoint_every=every,
