@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from ...ops import OPS
 
-_BUILDS = 12  # models built at most in the search for a width
+_BUILDS = 24  # models built at most in the search for a width
 _aten = torch.ops.aten
 
 
@@ -144,8 +144,8 @@ def step_flops(recipe: Any) -> tuple[int, list[str]]:
 # ---- width ---------------------------------------------------------------------------------------------------------
 
 
-def match_width(count: Callable[[int], int], start: int, target: int, grain: int = 8) -> tuple[int, int]:
-    """The width, a multiple of `grain`, whose count is nearest to `target` among those tried.
+def match_width(count: Callable[[int], int], start: int, target: int) -> tuple[int, int]:
+    """The width whose count is nearest to `target` among those tried: multiples of 8, or finer if widths are small.
 
     Args:
         count: parameters of the model of a width; raises ValueError or TypeError for widths that it does not take.
@@ -157,7 +157,7 @@ def match_width(count: Callable[[int], int], start: int, target: int, grain: int
     Raises:
         ValueError: what `count(start)` raises.
     """
-    known = {start: count(start)}
+    known, grain = {start: count(start)}, min(max(start // 16, 1), 8)
     refused: set[int] = set()
     while len(known) + len(refused) < _BUILDS:
         best = min(known, key=lambda w: abs(known[w] - target))

@@ -140,10 +140,8 @@ def _run_notes(plan: Plan, summaries: Sequence[Summary], runs: Sequence[Run]) ->
     notes = []
     for summary in summaries:
         if summary.diverged:
-            notes.append(
-                f"**{summary.model}: {summary.diverged} of {len(plan.seeds)} runs diverged; its mean is over the "
-                f"others, which flatters it.**"
-            )
+            told = "its mean is over the others, which flatters it" if summary.values else "it has no figure"
+            notes.append(f"**{summary.model}: {summary.diverged} of {len(plan.seeds)} runs diverged; {told}.**")
         if summary.missing or not (summary.values or summary.diverged):
             left = summary.missing or len(plan.seeds)
             notes.append(f"**{summary.model}: {left} of {len(plan.seeds)} runs are not finished.**")
