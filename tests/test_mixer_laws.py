@@ -21,6 +21,8 @@ OPTIONS: dict[str, list[dict]] = {
         {"n_heads": 2, "rope_dim": 2, "scale": 0.7, "out_bias": True},
         {"n_heads": 2, "n_kv_heads": 1, "d_conv": 3},
     ],
+    "bidirectional_attention": [{"n_heads": 2}, {"n_heads": 4, "rope": False, "bias": False}],
+    "lstm": [{}],
     "mamba": [
         {"d_state": 4},
         {"d_state": 4, "coefficient_norm": "rms"},
@@ -42,6 +44,9 @@ OPTIONS: dict[str, list[dict]] = {
         },
     ],
     "rglru": [{}, {"d_rnn": 12, "n_blocks": 3, "d_conv": 1, "a_range": (0.5, 0.9)}],
+    "s4": [{"d_state": 4}, {"d_state": 4, "init": "legt", "n_ssm": 2, "dt_transform": "softplus", "dt_max": 1.0}],
+    "bidirectional_s4": [{"d_state": 4}, {"d_state": 4, "init": "fout", "n_ssm": 1, "activation": "none", "glu": False}],
+    "bidirectional_s4d": [{"d_state": 4}, {"d_state": 4, "init": "lin", "n_ssm": 2, "train_b": True}],
     "s4d": [{"d_state": 4}, {"d_state": 4, "init": "lin", "discretization": "bilinear", "n_ssm": 2, "train_b": True}],
     "s5": [{"d_state": 4}, {"d_state": 8, "blocks": 2, "discretization": "bilinear", "activation": "full_glu"}],
     "bidirectional_s5": [{"d_state": 4}, {"d_state": 4, "activation": "gelu", "c_init": "complex_normal"}],

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 
+from statewise.models.classification import SequenceClassifier
 from statewise.models.language import LanguageModel, Zamba2
 from statewise.testing import module_laws
 
@@ -43,6 +44,16 @@ MODELS = {
     "zamba2": partial(
         Zamba2, VOCAB, 8, 2, shared_at=[0, 1], mixer=MAMBA2, n_heads=4, d_intermediate=5, rank=2,
         attention_rank=2, rope=True,
+    ),
+    # A label for each position.
+    "classifier": partial(
+        SequenceClassifier, 5, 8, 2, vocab_size=VOCAB, pool="none", norm="batch", prenorm=False,
+        mixer=[{"name": "bidirectional_s5", "d_state": 4}, {"name": "bidirectional_attention", "n_heads": 2}],
+        mlp=[None, {"name": "mlp", "hidden": 6, "activation": "gelu"}],
+    ),
+    "classifier, layer norm": partial(
+        SequenceClassifier, 5, 8, 1, vocab_size=VOCAB, pool="none", mixer={"name": "s4d", "d_state": 4}, positions=True,
+        token_bias=True, head="mlp",
     ),
 }  # fmt: skip
 

@@ -202,3 +202,13 @@ def test_forget_clears_what_a_first_document_must_not_see():
     assert not seg.forget(state)[:2].any()
     assert Segments(seg.position[:3]).forget(state[:3]).isnan().flatten(1).all(1).tolist() == [False, False, True]
     assert Segments(seg.position[:, :0]).forget(state).isnan().all()
+
+
+def test_right_padded():
+    assert Segments.from_lengths([3, 0, 5], 6).right_padded
+    assert Segments.continuing(2, 4, start=0).right_padded
+    assert not Segments.from_lengths([3, 5], 6, side="left").right_padded
+    assert not Segments.pack([[2, 3]]).right_padded
+    assert not Segments.continuing(2, 4).right_padded
+    assert not Segments.from_valid(torch.tensor([[1, 0, 1, 0]])).right_padded
+    assert Segments(torch.tensor([[0, 1, 7]]), torch.tensor([[True, True, False]])).right_padded

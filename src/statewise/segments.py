@@ -130,6 +130,15 @@ class Segments:
         return start if self.valid is None else start & self.valid
 
     @property
+    def right_padded(self) -> bool:
+        """Each row is one document from its beginning, with all padding behind it."""
+        at = torch.arange(self.shape[1], device=self.position.device)
+        if self.valid is None:
+            return bool((self.position == at).all())
+        behind = self.valid.long().cumsum(1) <= at  # some position up to this one is padding
+        return bool(torch.where(self.valid, (self.position == at) & ~behind, True).all())
+
+    @property
     def document(self) -> Tensor:
         """(B, L) int64: 0 for the document that was under way when the row began, then 1, 2, ..."""
         return self.resets.long().cumsum(1)

@@ -58,6 +58,20 @@ def test_what_each_mixer_declares_exists_and_does_not_decay(name):
     assert every == {n for n, _ in model.named_parameters()}
 
 
+def test_special_parameters_have_settings_of_their_own():
+    special = {"A": {"lr": 0.1}, "dt_proj": {"lr": 3.0, "weight_decay": 0.2}}
+    made = parameter_groups(Model(), lr=2.0, weight_decay=0.3, dynamics_lr=0.5, special=special)
+    groups = {g["name"]: (g["lr"], g["weight_decay"], len(g["params"])) for g in made}
+    assert groups == {
+        "weights": (2.0, 0.3, 1),
+        "vectors": (2.0, 0.0, 3),
+        "dynamics: A": (pytest.approx(0.2), 0.0, 1),
+        "dynamics: dt_proj": (6.0, 0.2, 2),
+    }
+    with pytest.raises(ValueError, match="special: no parameter that is trained is called 'log_dt'"):
+        parameter_groups(Model(), lr=1.0, special={"log_dt": {"lr": 1.0}})
+
+
 def test_schedule():
     values = [warmup_cosine(s, steps=100, warmup=10) for s in range(101)]
     assert values[0] == pytest.approx(0.1)
@@ -66,6 +80,8 @@ def test_schedule():
     assert values[100] == pytest.approx(FLOOR)
     assert values[10:] == sorted(values[10:], reverse=True)
     assert warmup_cosine(0, steps=5, warmup=0) == 1
+    assert warmup_cosine(5, steps=5, warmup=0, floor=0.0) == pytest.approx(0)
+    assert {warmup_cosine(s, steps=5, warmup=2, floor=1.0) for s in range(2, 6)} == {1.0}  # constant after warm-up
 
 
 def test_adamw_applies_both():

@@ -30,6 +30,9 @@ class Options:
             dataclass becomes a group of options `--name.field`; those named in `flat` lose the prefix.
         positional: parameters given without a flag; those without a default are required.
         switches: boolean parameters whose option stands for itself and takes no value.
+
+    A function may have an attribute `defaults_for`: from the values of all options it makes dataclasses for those in
+    `flat` whose default is None, such as the training that a chosen model takes.
     """
 
     def __init__(
@@ -57,12 +60,16 @@ class Options:
             title = (inspect.getdoc(type(signature.parameters[name].default)) or name).split("\n")[0]
             self.groups.append((title.rstrip("."), [k for k in keys if k.startswith(f"{name}.")]))
         for name in flat:
-            default = signature.parameters[name].default
+            default = signature.parameters[name].default or self._depending({})[name]
             before = set(self._keys())
             self.parser.add_class_arguments(type(default), None)
             self.parser.set_defaults(dataclasses.asdict(default))
             title = (inspect.getdoc(type(default)) or name).split("\n")[0].rstrip(".")
             self.groups.append((title, [k for k in self._keys() if k not in before]))
+
+    def _depending(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        defaults_for = getattr(self.function, "defaults_for", None)
+        return defaults_for(values) if defaults_for else {}
 
     def add(self, name: str, kind: Any, help: str) -> None:
         """One more option that is not a parameter of the function; None if not given."""
@@ -159,7 +166,13 @@ class Options:
         for flag, name, value in flags:
             # One by one, so that the message can name the flag as it was typed.
             self._check(flag, name, [f"--{name}={value}"])
-        config = self.parser.parse_args([f"--{name}={value}" for _, name, value in flags])
+        words = [f"--{name}={value}" for _, name, value in flags]
+        config = self.parser.parse_args(words)
+        if depending := self._depending(vars(config)):
+            for made in depending.values():
+                self.parser.set_defaults(dataclasses.asdict(made))
+            self._set_defaults(defaults or {})
+            config = self.parser.parse_args(words)
         try:
             instantiate = getattr(self.parser, "instantiate", None) or self.parser.instantiate_classes
             values = vars(instantiate(config))
@@ -211,7 +224,8 @@ class Options:
 
     def _gather(self, values: dict[str, Any]) -> dict[str, Any]:
         for name in self.flat:
-            cls = type(inspect.signature(self.function).parameters[name].default)
+            default = inspect.signature(self.function).parameters[name].default
+            cls = type(default or self._depending(values)[name])
             fields = {f.name: values.pop(f.name) for f in dataclasses.fields(cls)}
             try:
                 values[name] = cls(**fields)

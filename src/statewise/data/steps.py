@@ -7,7 +7,7 @@ checkpoint, and N devices see the same global batch as one device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import NamedTuple
 
@@ -22,7 +22,14 @@ IGNORE = -100  # target of a position that is not scored, as in torch.nn.functio
 
 
 class Batch(NamedTuple):
-    """tokens (B, L) int64; targets (B, L) int64, IGNORE where nothing is scored; seg describes documents, if any."""
+    """What a model takes and what it should say.
+
+    Args:
+        tokens: (B, L) int64, or values (B, L, C).
+        targets: one for each position, (B, L) or (B, L, ...); or one for each row, (B,); or one for every n rows that
+            stand side by side, (B / n,). IGNORE where nothing is scored.
+        seg: documents and padding, if any.
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -33,14 +40,16 @@ def share(batch: Batch, rank: int, world: int) -> Batch:
     """The rows of one process. Every process gets as many: a last batch that does not divide is filled with rows in
     which nothing is scored, because sharded models need the same number of forward passes everywhere."""
     tokens, targets, seg = batch
-    missing = -len(tokens) % world
+    count = len(targets)
+    group = len(tokens) // count if count else 1  # rows that belong together
+    missing = -count % world
     if missing:
-        tokens = torch.cat([tokens, tokens[:1].expand(missing, -1)])
-        targets = torch.cat([targets, torch.full_like(targets[:1], IGNORE).expand(missing, -1)])
-        if seg is not None:
-            seg = seg[torch.cat([torch.arange(len(batch.tokens)), torch.zeros(missing, dtype=torch.int64)])]
-    rows = slice(rank * len(tokens) // world, (rank + 1) * len(tokens) // world)
-    return Batch(tokens[rows], targets[rows], None if seg is None else seg[rows])
+        again = torch.cat([torch.arange(len(tokens)), torch.arange(group).repeat(missing)])
+        tokens, seg = tokens[again], None if seg is None else seg[again]
+        targets = torch.cat([targets, torch.full_like(targets[:1], IGNORE).expand(missing, *targets.shape[1:])])
+    begin, end = (r * len(targets) // world for r in (rank, rank + 1))
+    rows = slice(begin * group, end * group)
+    return Batch(tokens[rows], targets[begin:end], None if seg is None else seg[rows])
 
 
 class _Train(IterableDataset):
@@ -54,7 +63,7 @@ class _Train(IterableDataset):
 
 
 class _Validation(IterableDataset):
-    def __init__(self, batches: list[Batch], rank: int, world: int) -> None:
+    def __init__(self, batches: Sequence[Batch], rank: int, world: int) -> None:
         self.batches, self.rank, self.world = batches, rank, world
 
     def __iter__(self) -> Iterator[Batch]:
@@ -83,8 +92,14 @@ class StepData(pl.LightningDataModule, ABC):
         """The global batch of training step `step` (0, 1, ...): a pure function of the seed and the step."""
 
     @abstractmethod
-    def validation(self) -> list[Batch]:
+    def validation(self) -> Sequence[Batch]:
         """The same batches each time."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a global batch, for reports of speed; a mean where batches differ."""
+        rows, length = self.batch(0).tokens.shape[:2]
+        return rows * length
 
     def _place(self) -> tuple[int, int]:
         trainer = self.trainer

@@ -14,10 +14,15 @@ from .base import Causal, CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMi
 # Registry name -> (module, class). A mixer's card is its docstring: first line, and "Source:" at the end.
 _MIXERS: dict[str, tuple[str, str]] = {
     "attention": ("attention", "Attention"),
+    "bidirectional_attention": ("attention", "BidirectionalAttention"),
+    "lstm": ("lstm", "LSTM"),
     "mamba": ("mamba", "Mamba"),
     "mamba2": ("mamba2", "Mamba2"),
     "rglru": ("rglru", "RGLRU"),
+    "s4": ("s4", "S4"),
+    "bidirectional_s4": ("s4", "BidirectionalS4"),
     "s4d": ("s4d", "S4D"),
+    "bidirectional_s4d": ("s4d", "BidirectionalS4D"),
     "s5": ("s5", "S5"),
     "bidirectional_s5": ("s5", "BidirectionalS5"),
     "parallel": ("compose", "Parallel"),
@@ -26,11 +31,16 @@ _MIXERS: dict[str, tuple[str, str]] = {
 _CLASSES = {cls: module for module, cls in _MIXERS.values()}
 
 __all__ = [
+    "LSTM",
     "RGLRU",
+    "S4",
     "S4D",
     "S5",
     "Attention",
     "Bidirectional",
+    "BidirectionalAttention",
+    "BidirectionalS4",
+    "BidirectionalS4D",
     "BidirectionalS5",
     "Causal",
     "CausalMixer",

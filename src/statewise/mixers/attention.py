@@ -11,7 +11,7 @@ from ..ops.attention import KVBuffer, KVState, attention, attention_cache, atten
 from ..ops.short_conv import short_conv
 from ..segments import Segments
 from ..state import exportable
-from .base import CausalMixer, HasMixing, Mixing, check_input
+from .base import CausalMixer, HasMixing, Mixing, SequenceMixer, check_input
 from .layers import Linear, ShortConv
 
 Cache = KVState | KVBuffer
@@ -162,3 +162,43 @@ class Attention(CausalMixer, HasMixing):
         dense = attention_matrix(q, k, seg=seg, window=self.window, scale=self.scale)
         v = v.repeat_interleave(self.n_heads // self.n_kv_heads, 2)
         return Mixing(dense, v, lambda y: self._emit(y, seg))
+
+
+class BidirectionalAttention(SequenceMixer, HasMixing):
+    """Softmax attention in which each token sees its whole document, as in encoders.
+
+    Args:
+        d_model: width D of input and output.
+        n_heads: H, a divisor of D; None: d_model / 64, at least 1, or the nearest smaller number that fits.
+        rope: rotary positions on queries and keys. Without them the mixer does not know the order of its tokens.
+        rope_theta: base of the rotary frequencies, > 0.
+        bias: of the projections.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; rotary positions: Su et al. 2021 (arXiv 2104.09864).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None = None,
+        rope: bool = True,
+        rope_theta: float = 10000.0,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.projections = Attention(d_model, n_heads=n_heads, rope=rope, rope_theta=rope_theta, bias=bias)
+        self.d_model = d_model
+
+    def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
+        check_input(self, x, self.d_model)
+        x = x if seg is None else seg.mask(x)
+        q, k, v, _ = self.projections._project(x, None, seg)
+        return self.projections._emit(attention(q, k, v, seg=seg, causal=False)[0], seg)
+
+    def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
+        check_input(self, x, self.d_model)
+        x = x if seg is None else seg.mask(x)
+        q, k, v, _ = self.projections._project(x, None, seg)
+        dense = attention_matrix(q, k, seg=seg, causal=False)
+        return Mixing(dense, v, lambda y: self.projections._emit(y, seg))

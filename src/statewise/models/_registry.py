@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
+
+from ._cards import Card, Preset
+from ._long_range import PRESETS as LONG_RANGE
 
 # Architecture name (stored in config.json) -> "module:class", imported on first use.
 ARCHITECTURES: dict[str, str] = {
     "language": "statewise.models.language.stack:LanguageModel",
     "zamba2": "statewise.models.language.zamba2:Zamba2",
+    "sequence_classifier": "statewise.models.classification.sequence:SequenceClassifier",
 }
 
 
 def architecture_class(name: str) -> Any:
     module, cls = ARCHITECTURES[name].split(":")
     return getattr(import_module(module), cls)
-
-
-@dataclass(frozen=True)
-class Card:
-    """Where a model comes from.
-
-    `parameters` is the published count; `licence` that of the published weights.
-    """
-
-    paper: str
-    year: int
-    parameters: int
-    licence: str
-    summary: str
-
-
-@dataclass(frozen=True)
-class Preset:
-    architecture: str
-    card: Card
-    config: dict[str, Any] = field(default_factory=dict)
 
 
 def _mamba(layers: int, d_model: int, parameters: int) -> Preset:
@@ -120,4 +102,5 @@ PRESETS: dict[str, Preset] = {
     "falcon-mamba-7b": _falcon_mamba(),
     "codestral-mamba-7b": _codestral_mamba(),
     "jamba-v0.1": _jamba(),
+    **LONG_RANGE,
 }

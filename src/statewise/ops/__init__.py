@@ -16,6 +16,7 @@ from .attention import (
     attention_positions,
     attention_step,
 )
+from .dplr import dplr_kernel, dplr_ssm, dplr_ssm_apply, dplr_ssm_matrix, dplr_ssm_step
 from .linear_scan import (
     linear_scan,
     linear_scan_apply,
@@ -81,6 +82,11 @@ __all__ = [
     "diagonal_ssm_matrix",
     "diagonal_ssm_step",
     "diagonal_ssm_summary",
+    "dplr_kernel",
+    "dplr_ssm",
+    "dplr_ssm_apply",
+    "dplr_ssm_matrix",
+    "dplr_ssm_step",
     "gated_rms_norm",
     "linear_scan",
     "linear_scan_apply",

@@ -16,9 +16,20 @@ __all__ = ["DEFAULT", "Recipe", "execute", "get", "names"]
 
 # Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
 _RECIPES: dict[str, str] = {
+    "image.cifar": "images:cifar",
+    "image.digits": "images:digits",
+    "image.fashion_mnist": "images:fashion_mnist",
+    "image.mnist": "images:mnist",
     "language.bytes": "language:language_bytes",
+    "lra.image": "lra:image",
+    "lra.listops": "lra:listops",
+    "lra.pathfinder": "lra:pathfinder",
+    "lra.pathx": "lra:pathx",
+    "lra.retrieval": "lra:retrieval",
+    "lra.text": "lra:text",
     "probes.mqar": "probes:mqar",
     "probes.selective_copying": "probes:selective_copying",
+    "speech.commands": "speech:commands",
 }
 DEFAULT = "language.bytes"
 

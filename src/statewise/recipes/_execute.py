@@ -16,7 +16,8 @@ from ..inference import load_run
 from ..training.checkpoint_io import is_no_space
 from ..training.directory import RunDirectory
 from ..training.fit import Outcome, TrainingError, fit, is_first_process
-from .recipe import Recipe
+from . import names
+from .recipe import Phase, Recipe
 from .run_page import write_page
 
 
@@ -66,12 +67,18 @@ def execute(
     console = console or Console(quiet=True)
     first = is_first_process()
     if first and not resume:
-        header = f"Made by statewise {__version__}. To start such a run again: statewise run --config {run.config}"
+        header = f"Made by statewise {__version__}."
+        if recipe.name in names():  # else it is a phase of another run
+            header += f" To start such a run again: statewise run --config {run.config}"
         try:
             run.write_config(recipe.name, recipe.config(), header)
             write_model_config(recipe.model, run)
         except OSError as error:
             raise TrainingError(f"cannot write into {run}: {error.strerror or error}") from error
+    if recipe.before is not None:
+        outcome = _before(recipe.before, recipe.model, run, console)
+        if not outcome.finished:
+            return outcome
     before = _memory(recipe)
     outcome = fit(recipe.task, recipe.data, recipe.training, run, resume=resume, console=console)
     if outcome.finished and outcome.first_process:
@@ -90,4 +97,18 @@ def execute(
                 f"cannot write the report into {run}: no space left; all steps are done and saved: "
                 f"free some space, then statewise run --resume {run}"
             ) from error
+    return outcome
+
+
+def _before(phase: Phase, model: Any, run: RunDirectory, console: Console) -> Outcome:
+    """Run a phase, or go on with it, unless it has left its model already; then hand over."""
+    inner = RunDirectory(run.path / phase.name)
+    outcome = Outcome(phase.recipe.training.steps, True)
+    if not inner.model.is_file():
+        started = bool(inner.saved_steps())
+        inner.path.mkdir(exist_ok=True)
+        console.print(f"[bold]{phase.recipe.name}[/]: {phase.recipe.training.steps} steps", highlight=False)
+        outcome = execute(phase.recipe, inner, resume=started, console=console)
+    if outcome.finished:
+        phase.hand_over(model, load_run(inner.path))
     return outcome

@@ -21,6 +21,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A training that comes before another one, in a run directory inside the other's.
+
+    Args:
+        name: of that directory.
+        recipe: the training; its `finish` saves its model there.
+        hand_over: `hand_over(model of what follows, trained model)`.
+    """
+
+    name: str
+    recipe: Recipe
+    hand_over: Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All that a run needs.
 
@@ -28,6 +43,7 @@ class Recipe:
         name: as in `statewise run <name>`.
         options: the recipe function's own arguments (JSON values), for config.yaml.
         finish: makes the report of a finished run: `finish(recipe, run, console)`.
+        before: what is trained first.
     """
 
     name: str
@@ -37,6 +53,7 @@ class Recipe:
     training: Training
     options: Mapping[str, Any]
     finish: Callable[[Recipe, RunDirectory, Console], None]
+    before: Phase | None = None
 
     def config(self) -> dict[str, Any]:
         """Every option of the run, flat, as the command line and config.yaml have them."""

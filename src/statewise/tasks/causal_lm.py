@@ -1,4 +1,5 @@
-"""Next-token prediction: bytes or tokens of text (`CausalLM`), or answers at marked positions (`Recall`)."""
+"""A model and its cross-entropy: next tokens of text (`CausalLM`), answers at marked positions or for whole rows
+(`Recall`)."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ class NonFinite(RuntimeError):
 
 
 class Task(pl.LightningModule):
-    """A model that maps (tokens (B, L), seg) to logits (B, L, V), and its loss in nats per scored position.
+    """A model that maps (tokens (B, L), seg) to logits (B, L, V) or (B, V), and its loss in nats per scored target.
 
     Args:
         model: `model(tokens, seg)`; logits past `vocab_size` (padding of the vocabulary) are not used.
-        vocab_size: number of tokens.
+        vocab_size: number of tokens, or of classes.
         optimize: `optimize(model) -> what LightningModule.configure_optimizers returns`;
             `statewise.training.adamw` makes one.
         clip: gradients are scaled so that their global norm is at most this; 0 leaves them alone.
@@ -63,17 +64,18 @@ class Task(pl.LightningModule):
         return self.model(tokens, seg)
 
     def measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """(means over the scored positions, "loss" in nats among them; number of scored positions)."""
-        logits = self(batch.tokens, batch.seg)[..., : self.vocab_size]
+        """(means over the scored targets, "loss" among them; number of scored targets)."""
+        outputs = self(batch.tokens, batch.seg)[..., : self.vocab_size]
         scored = batch.targets != IGNORE
         count = scored.sum()
         # Sum and divide by hand: the mean over no position at all must be 0, not NaN.
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
-        values = {"loss": total / count.clamp(min=1)}
-        self.add_metrics(values, logits.detach(), batch.targets, scored)
+        values = {"loss": self.total_loss(outputs, batch.targets) / count.clamp(min=1)}
+        self.add_metrics(values, outputs.detach(), batch.targets, scored)
         return values, count
+
+    def total_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss summed over all targets that are not IGNORE: here cross-entropy, in nats."""
+        return F.cross_entropy(outputs.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def add_metrics(self, values: dict[str, Tensor], logits: Tensor, targets: Tensor, scored: Tensor) -> None:
         """Add this task's other metrics to `values`."""
@@ -161,7 +163,7 @@ class CausalLM(Task):
 
 
 class Recall(Task):
-    """Answers at the scored positions. Beside the loss: the share of answers that are right."""
+    """Answers at scored positions, or one for each row. Beside the loss: the share of answers that are right."""
 
     metrics = ("loss", "accuracy")
     headline = "accuracy"

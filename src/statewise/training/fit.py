@@ -149,6 +149,9 @@ def fit(
         weight_decay=training.weight_decay,
         warmup=training.warmup,
         dynamics_lr=training.dynamics_lr,
+        beta2=training.beta2,
+        final_lr=training.final_lr,
+        special=training.special,
     )
     if training.strategy == "fsdp2":
         from .fsdp2 import shard
@@ -158,7 +161,7 @@ def fit(
     start = latest_checkpoint(run, console if first else quiet) if resume else 0
     if first:
         run.clean()
-    tokens = data.batch(0).tokens.numel()
+    tokens = data.tokens_per_step
     checkpoints = Checkpoints(run, task, training.checkpoint_every, training.eval_every)
     stop = StopInOrder(checkpoints, training.max_minutes)
     # The order matters: metrics are on the disk before the checkpoint that counts them as done.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -16,7 +16,11 @@ class Training:
         lr: peak learning rate of AdamW
         dynamics_lr: factor on the learning rate of the state space parameters (A, dt, D, ...)
         weight_decay: of matrices; never of state space parameters, biases, norms and vectors
-        warmup: steps of linear warm-up, before the cosine down to a tenth of lr
+        special: other settings for parameters of these names, such as {"log_dt": {"lr": 1, "weight_decay": 0}}; "lr"
+            is a factor on lr
+        beta2: how slowly AdamW forgets squared gradients
+        warmup: steps of linear warm-up, before the cosine
+        final_lr: where the cosine ends, as a share of lr; 1 for a constant rate
         clip: largest norm of the gradient; 0 for no clipping
         ema: decay of an exponential moving average of the weights, e.g. 0.999; 0 for none
         seed: of weights, data order and sampling
@@ -35,7 +39,10 @@ class Training:
     lr: float = 2e-3
     dynamics_lr: float = 1.0
     weight_decay: float = 0.1
+    special: dict[str, dict[str, float]] = field(default_factory=dict)
+    beta2: float = 0.95
     warmup: int = 50
+    final_lr: float = 0.1
     clip: float = 1.0
     ema: float = 0.0
     seed: int = 0
@@ -58,6 +65,12 @@ class Training:
         for name in ("weight_decay", "warmup", "clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: want 0 or more, got {getattr(self, name)}")
+        for name, settings in self.special.items():
+            if set(settings) - {"lr", "weight_decay"} or min(settings.values(), default=0) < 0:
+                raise ValueError(f'special: {name}: want "lr", "weight_decay" or both, 0 or more, got {settings!r}')
+        for name in ("beta2", "final_lr"):
+            if not 0 <= getattr(self, name) <= 1 or self.beta2 == 1:
+                raise ValueError(f"{name}: want a share from 0 to 1 (beta2 below 1), got {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema: want a decay of at least 0 and below 1, got {self.ema}")
         if self.max_minutes is not None and not self.max_minutes > 0:

@@ -19,7 +19,26 @@ from ..._names import unknown
 from ..labelled import Labelled
 
 # Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
-_SETS: dict[str, str] = {}
+_SETS: dict[str, str] = {
+    "listops": "listops:make",
+    "fashion_mnist": "images:fashion_mnist",
+    "permuted_fashion_mnist": "images:permuted_fashion_mnist",
+    "bit_reversed_fashion_mnist": "images:bit_reversed_fashion_mnist",
+    "mnist": "images:mnist",
+    "permuted_mnist": "images:permuted_mnist",
+    "bit_reversed_mnist": "images:bit_reversed_mnist",
+    "digits": "images:digits",
+    "cifar": "cifar:cifar",
+    "cifar_grey": "cifar:cifar_grey",
+    "pathfinder128": "pathfinder:make128",
+    "pathfinder256": "pathfinder:make256",
+    "pathfinder32": "pathfinder:make32",
+    "pathfinder64": "pathfinder:make64",
+    "text": "text:text",
+    "retrieval": "retrieval:retrieval",
+    "speech_commands": "speech:speech_commands",
+    "speech_commands_10": "speech:speech_commands_10",
+}
 PROFILES = ("small", "full")
 
 
@@ -45,6 +64,11 @@ def root() -> Path:
     if told:
         return Path(told)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statewise" / "data"
+
+
+def parts(name: str, profile: str, seed: int) -> Path:
+    """Where a maker may keep what it has so far, to go on after it was stopped; `prepare` removes it in the end."""
+    return root() / f".{name}-{profile}-{seed}.parts"
 
 
 def prepare(

@@ -5,7 +5,7 @@ A plain language model is a preset of this stack; a file of its own is earned by
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,43 +16,13 @@ from ...mixers.base import CausalMixer
 from ...mixers.layers import RMSNorm
 from ...segments import Segments
 from ...state import State, exportable
+from .._specs import Spec, plain, spec_list
 from ._causal_lm import CausalLM, Run, check_sizes
-
-Spec = str | Mapping[str, Any] | None
 
 
 @exportable
 class LanguageState(NamedTuple):
     layers: tuple[State, ...]  # one state per call of a mixer, first layer first
-
-
-def spec_list(what: str, given: Spec | Sequence[Spec], n_layer: int) -> list[dict[str, Any] | None]:
-    """One {"name": ..., **options}, or None, per layer; a shorter list is a pattern that repeats."""
-    return [None if entry is None else _named(what, entry) for entry in _per_layer(what, given, n_layer)]
-
-
-def _per_layer(what: str, given: Any, n_layer: int) -> list[Any]:
-    entries = [given] if given is None or isinstance(given, (str, Mapping)) else list(given)
-    if not entries or n_layer % len(entries):
-        raise ValueError(
-            f"{what}: a list of {len(entries)} {what}s does not divide n_layer = {n_layer}; give one per layer or a "
-            "pattern that repeats"
-        )
-    return entries * (n_layer // len(entries))
-
-
-def _plain(given: Any) -> Any:
-    """What JSON can hold, and the caller cannot change any more."""
-    if isinstance(given, Mapping):
-        return {name: _plain(value) for name, value in given.items()}
-    return [_plain(value) for value in given] if isinstance(given, (list, tuple)) else given
-
-
-def _named(what: str, entry: Any) -> dict[str, Any]:
-    spec = {"name": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, Mapping) else {}
-    if not isinstance(spec.get("name"), str):
-        raise ValueError(f"{what}: want a name or a dict with 'name', got {entry!r}")
-    return spec
 
 
 def _causal(name: str, d_model: int, **options: Any) -> CausalMixer:
@@ -120,8 +90,8 @@ class LanguageModel(CausalLM):
             "vocab_size": vocab_size,
             "d_model": d_model,
             "n_layer": n_layer,
-            "mixer": _plain(mixer),
-            "mlp": _plain(mlp),
+            "mixer": plain(mixer),
+            "mlp": plain(mlp),
             "d_intermediate": d_intermediate,
             "tie_embeddings": tie_embeddings,
             "residual_in_fp32": residual_in_fp32,

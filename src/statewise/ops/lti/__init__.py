@@ -14,7 +14,7 @@ from .._backend import BackendError, numba_reason, resolve
 from .._precision import no_autocast
 from .._register import differentiable, operator
 from .._spec import OpSpec, Summary, register
-from . import fixed, forms, reference
+from . import documents, fixed, forms, reference
 from .convolution import convolve
 
 __all__ = [
@@ -88,7 +88,13 @@ def lti_conv(
         if seg is not None:
             v = seg.mask(v)
         x = reverse_time(v, seg) if reverse else v
-        y = convolve(x.mT, taps, backend).mT if seg is None else _per_document(x, taps, seg, backend)
+        if seg is None:
+            y = convolve(x.mT, taps, backend).mT
+        elif seg.right_padded:
+            # Zeros behind a document add nothing to it, so the rows may stay as they are.
+            y = seg.mask(convolve(x.mT, taps, backend).mT)
+        else:
+            y = _per_document(x, taps, seg, backend)
         if reverse:
             y = reverse_time(y, seg)
     if D is not None:
@@ -323,7 +329,7 @@ def closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg) -> tuple[Tenso
         y, last = (forms.fft if chosen == "fft" else forms.chunk)(v, log_a, b, c)
     else:
         v = seg.mask(v)
-        order, document = _compact(seg)
+        order, document = documents.compact(seg)
         x = v if order is None else v.gather(1, order.unsqueeze(-1).expand_as(v))
         y, last = forms.chunk(x, log_a, b, c, document)
         if order is not None:
@@ -337,32 +343,17 @@ def closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg) -> tuple[Tenso
     return (y if seg is None else seg.mask(y)).to(u.dtype), last
 
 
-def _compact(seg: Segments) -> tuple[Tensor | None, Tensor]:
-    """An order of each row that puts padding first, and the documents (B, L) in that order."""
-    document = seg.document
-    if seg.valid is None:
-        return None, document
-    order = torch.argsort(seg.valid.to(torch.uint8), dim=1, stable=True)
-    return order, torch.where(seg.valid, document, 0).gather(1, order)
-
-
 def _carried(log_a: Tensor, c: Tensor, state: Tensor, length: int, seg: Segments | None) -> Tensor:
     """What the state adds to y, (B, L, D), given c that includes the factor for conjugates."""
     y = forms.from_state(log_a, c, state, length).mT
-    if seg is None:
-        return y
-    if seg.valid is not None:
-        rank = (seg.valid.long().cumsum(1) - 1).clamp(min=0)
-        y = y.gather(1, rank.unsqueeze(-1).expand_as(y))
-    return seg.mask(y).masked_fill((seg.document > 0).unsqueeze(-1), 0)
+    return y if seg is None else documents.place(y, seg)
 
 
 def _transition(log_a: Tensor, length: int, seg: Segments | None) -> Tensor:
     """a^(number of valid tokens), zero where a document begins: (1 or B, D, N)."""
     if seg is None:
         return reference.powers(log_a, torch.tensor([length], device=log_a.device)).transpose(0, 1)
-    count = seg.position.new_full(seg.shape[:1], length) if seg.valid is None else seg.valid.sum(1)
-    a = reference.powers(log_a, count).transpose(0, 1)
+    a = reference.powers(log_a, documents.count(seg)).transpose(0, 1)
     return a.masked_fill(seg.resets.any(1)[:, None, None], 0)
 
 
@@ -381,14 +372,6 @@ def diagonal_ssm_step(
     return y.squeeze(1), state
 
 
-def _length(what: str, length: int | None, seg: Segments | None) -> int:
-    if length is None and seg is None:
-        raise ValueError(f"{what}: length: want L, since a time-invariant system does not tell it, got None")
-    if length is not None and seg is not None and seg.shape[1] != length:
-        raise ValueError(f"{what}: length: seg has {seg.shape[1]} tokens, got length={length}")
-    return length if length is not None else seg.shape[1]  # type: ignore[union-attr]
-
-
 def diagonal_ssm_matrix(
     log_a: Tensor,
     b: Tensor,
@@ -404,16 +387,11 @@ def diagonal_ssm_matrix(
     Args:
         length: L, needed without `seg`. Other arguments as in `diagonal_ssm`. Memory grows with L squared.
     """
-    length = _length("diagonal_ssm_matrix", length, seg)
+    length = documents.length("diagonal_ssm_matrix", length, seg)
     _check_coefficients(log_a, b, c, D, {})
     dtype = torch.promote_types(torch.promote_types(log_a.dtype, b.dtype), c.dtype)
     kernel = diagonal_kernel(log_a, c.to(dtype) * b.to(dtype), length, conjugate=conjugate)
-    lag, seen = reference.lags(length, seg, log_a.device)
-    dense = (kernel[:, lag] * seen).transpose(0, 1)
-    if D is not None:
-        diagonal = torch.diag_embed(torch.diagonal(seen, dim1=1, dim2=2).to(kernel.dtype))
-        dense = dense + D.to(kernel.dtype)[:, None, None] * diagonal.unsqueeze(1)
-    return dense
+    return documents.toeplitz(kernel, D, seg)
 
 
 def diagonal_ssm_apply(matrix: Tensor, u: Tensor) -> Tensor:
@@ -457,7 +435,7 @@ def diagonal_ssm_carry(
     Args:
         length: L, needed without `seg`. Other arguments as in `diagonal_ssm`; b and D have no part in the result.
     """
-    length = _length("diagonal_ssm_carry", length, seg)
+    length = documents.length("diagonal_ssm_carry", length, seg)
     _check_coefficients(log_a, b, c, D, {})
     dtype = state.dtype
     factor = 2 if dtype.is_complex and conjugate else 1

@@ -6,6 +6,8 @@ so that padding, which must not age a state, is dealt with in one place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,20 +130,45 @@ def _inside_chunks(u: Tensor, kernel: Tensor, document: Tensor | None) -> Tensor
     return y.index_copy(1, mixed, _inside(u[:, mixed], kernel, document[mixed])) if len(mixed) else y
 
 
+def chunk_size(length: int) -> int:
+    """Tokens of a chunk."""
+    return min(CHUNK, 1 << max(length - 1, 0).bit_length())
+
+
 def chunk(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """u (B, L, D) from a zero state -> y (B, L, D), last state; matrix products inside chunks, states between them.
+    """u (B, L, D) from a zero state -> y (B, L, D), last state (B, D, N); `document` as in `in_chunks`."""
+    size, is_complex = chunk_size(u.shape[1]), b.is_complex()
+    a = _all_powers(log_a, size)
+    inject, emit = _parts(a.flip(1) * b.unsqueeze(-2)), a * (c * powers(log_a, _one(u)).squeeze(-2)).unsqueeze(-2)
+    decay = powers(log_a, _one(u) * size)  # (D, 1, N)
+    y, last = in_chunks(
+        u, vandermonde(log_a, c * b, size), inject, _dot_parts(emit),
+        lambda h: _parts(decay * _whole(h, is_complex)), document,
+    )  # fmt: skip
+    return y, _whole(last, is_complex).transpose(0, 1)
+
+
+def in_chunks(
+    u: Tensor, kernel: Tensor, inject: Tensor, emit: Tensor, advance: Callable[[Tensor], Tensor],
+    document: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A time-invariant system from a zero state: matrix products inside chunks, states between them.
 
     Args:
+        u: (B, L, D).
+        kernel: (D, size), the first taps of the impulse response.
+        inject: (D, size, M), row j: what the token at place j of a chunk leaves in the state at the chunk's end.
+        emit: (D, size, M), row j: what the state before a chunk adds to the output at place j.
+        advance: states (D, B, M) over one chunk without input.
         document: (B, L) integers that do not fall along a row; a change ends a document. None: one a row.
+
+    Returns:
+        y (B, L, D) and the last state (D, B, M).
     """
-    B, length, D = u.shape
-    N = b.shape[-1]
-    size = min(CHUNK, 1 << max(length - 1, 0).bit_length())
+    (B, length, D), size = u.shape, kernel.shape[-1]
     chunks = -(-length // size)
     pad = chunks * size - length
     u = F.pad(u.permute(2, 0, 1), (pad, 0)).reshape(D, B * chunks, size)
-    a = _all_powers(log_a, size)
-    inject, emit = _parts(a.flip(1) * b.unsqueeze(-2)), a * (c * powers(log_a, _one(u)).squeeze(-2)).unsqueeze(-2)
     keep = None
     if document is not None:
         document = F.pad(document, (pad, 0)).view(B, chunks, size)
@@ -150,16 +177,14 @@ def chunk(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, document: Tensor | Non
         keep = last == before
         sent = u * (document == last).flatten(0, 1)
         document, before = document.flatten(0, 1), before.flatten(0, 1)
-    y = _inside_chunks(u, vandermonde(log_a, c * b, size), document)
-    states = _whole((u if document is None else sent) @ inject, b.is_complex()).view(D, B, chunks, N)
-    decay = powers(log_a, _one(u) * size)  # (D, 1, N)
-    entering = [states.new_zeros(D, B, N)]
+    y = _inside_chunks(u, kernel, document)
+    states = ((u if document is None else sent) @ inject).view(D, B, chunks, -1)
+    entering = [torch.zeros_like(states[:, :, 0])]
     for q, arriving in enumerate(states.unbind(2)):
-        carried = decay * entering[-1]
+        carried = advance(entering[-1])
         entering.append(arriving + (carried if keep is None else carried * keep[:, q]))
     if chunks > 1:
         history = torch.stack(entering[:-1], 2).flatten(1, 2)
-        late = _parts(history) @ _dot_parts(emit).mT
+        late = history @ emit.mT
         y = y + (late if document is None else late * (document == before))
-    y = y.view(D, B, chunks * size)[..., pad:].permute(1, 2, 0)
-    return y, entering[-1].transpose(0, 1)
+    return y.view(D, B, chunks * size)[..., pad:].permute(1, 2, 0), entering[-1]

@@ -1,0 +1,73 @@
+"""Norms of encoders, all called as norm(x (B, L, D), seg)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._names import unknown
+from ..mixers import layers
+from ..segments import Segments
+
+
+class LayerNorm(nn.LayerNorm):
+    """Mean 0 and variance 1 over the channels of each position, then weight and bias (Ba et al. 2016)."""
+
+    def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class RMSNorm(layers.RMSNorm):
+    """Root mean square 1 over the channels of each position, then a weight (arXiv 1910.07467)."""
+
+    def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
+        return super().forward(x)
+
+
+class BatchNorm(nn.Module):
+    """Mean 0 and variance 1 of each channel over all valid positions of a batch; in evaluation over those of training.
+
+    Padding takes no part in the statistics and comes out as zero, so a batch means the same however far it is padded.
+
+    Args:
+        momentum: share of the present batch in the running statistics.
+
+    Source: Ioffe & Szegedy 2015 (arXiv 1502.03167).
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, d_model: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.register_buffer("running_mean", torch.zeros(d_model))
+        self.register_buffer("running_var", torch.ones(d_model))
+
+    def _normed(self, rows: Tensor) -> Tensor:
+        # A single position has no variance to train on; it is treated as in evaluation.
+        train = self.training and len(rows) > 1
+        return F.batch_norm(
+            rows, self.running_mean, self.running_var, self.weight, self.bias, train, self.momentum, self.eps
+        )
+
+    def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
+        if seg is None or seg.valid is None:
+            return self._normed(x.flatten(0, 1)).view_as(x)
+        if not self.training:
+            return seg.mask(self._normed(x.flatten(0, 1)).view_as(x))
+        valid = seg.valid
+        return x.new_zeros(x.shape).masked_scatter(valid[..., None], self._normed(x[valid]).to(x.dtype))
+
+
+_NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "batch": BatchNorm, "rms": RMSNorm}
+
+
+def norm_named(name: str, d_model: int) -> nn.Module:
+    """The norm "layer", "batch" or "rms" of width D."""
+    if name not in _NORMS:
+        raise ValueError(unknown("norm", name, _NORMS))
+    return _NORMS[name](d_model)

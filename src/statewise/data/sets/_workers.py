@@ -1,0 +1,40 @@
+"""Work over several cores, in blocks, with progress.
+
+Workers are threads: what takes time here is compiled code, which holds no interpreter lock. So there is nothing to
+start or to pickle, it works in a notebook and without a `__main__` guard, and Ctrl-C ends after the blocks under way.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+MOST = 16  # workers that are taken unasked
+
+
+def number(workers: int) -> int:
+    """The given number of workers; for 0, one for each core that this process may use, `MOST` at most.
+
+    Raises:
+        ValueError: below 0.
+    """
+    if workers < 0:
+        raise ValueError(f"workers: want at least 1, or 0 for one on each core, got {workers}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return workers or min(cores, MOST)
+
+
+def blocks(work: Callable[[int, int], T], first: int, count: int, size: int, workers: int) -> Iterator[T]:
+    """`work(start, stop)` for each block of `size` indices from `first` on, in order."""
+    starts = range(first, first + count, size)
+    with ThreadPoolExecutor(number(workers), thread_name_prefix="statewise-data") as pool:
+        futures = [pool.submit(work, start, min(start + size, first + count)) for start in starts]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            # Without this, leaving early would first wait for all that is still in the queue.
+            pool.shutdown(wait=False, cancel_futures=True)

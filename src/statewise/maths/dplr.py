@@ -1,0 +1,117 @@
+"""HiPPO matrices as normal plus low rank, and diagonal plus low rank in the basis of the normal part's eigenvectors.
+
+A = N - sum_r P_r P_r^T with N normal, so A = V (diag(Lambda) - sum_r (V^* P_r)(V^* P_r)^*) V^*. That is what makes S4
+cheap: V is unitary, while the eigenvectors of A itself are so close to parallel that no computer can use them.
+
+Everything is computed in float64 with NumPy on the host: single precision eigenvectors differ between machines.
+
+Source: S4 (Gu et al., 2021), Theorem 1 and appendix C; How to Train Your HiPPO (Gu et al., 2022), section 3 ("legt" and
+"fout" on a window of length 2).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._names import unknown
+from .hippo import legs, legs_low_rank
+
+# Name -> the rank of A plus a normal matrix.
+DPLR_RANKS = {"legs": 1, "legt": 2, "fout": 1}
+# Smaller eigenvalues than this stand for zero: those of these families that are not zero are above 1/10.
+_ZERO = 1e-4
+
+
+class DPLR(NamedTuple):
+    """A = V (diag(Lambda) - sum_r P_r P_r^*) V^* plus its complex conjugate: half of each conjugate pair is kept.
+
+    Args:
+        Lambda: (n/2,) complex128, Re Lambda <= 0 and Im Lambda <= 0, ascending in Im.
+        P: (rank, n/2) complex128.
+        B: (n/2,) complex128, V^* B.
+        V: (n, n/2) complex128, orthonormal.
+    """
+
+    Lambda: Tensor
+    P: Tensor
+    B: Tensor
+    V: Tensor
+
+
+def nplr(init: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A (n, n), B (n,) and P (rank, n) of a HiPPO family; A + sum_r P_r P_r^T is a skew-symmetric matrix plus a
+    multiple of the identity.
+
+    Args:
+        init: "legs" (memory that fades, rank 1), "legt" (Legendre polynomials on the last 2 time units, rank 2) or
+            "fout" (a Fourier series on the last 2 time units, rank 1).
+        n: state size, even and at least 2.
+    """
+    if init not in DPLR_RANKS:
+        raise ValueError(unknown("init", init, DPLR_RANKS))
+    if n < 2 or n % 2:
+        raise ValueError(f"n: want an even state size >= 2 (eigenvalues come in conjugate pairs), got {n}")
+    if init == "legs":
+        A, B = legs(n)
+        return A, B, legs_low_rank(n).unsqueeze(0)
+    k = np.arange(n)
+    if init == "legt":
+        root = np.sqrt(2.0 * k + 1)
+        sign = np.where(k[:, None] >= k, 1.0, (-1.0) ** (k[:, None] - k))
+        P = np.stack([np.where(k % 2, root, 0), np.where(k % 2, 0, root)]) / np.sqrt(2)
+        return tuple(map(torch.from_numpy, (-root[:, None] * sign * root / 2, root / 2, P)))  # type: ignore[return-value]
+    frequency = np.pi * np.arange(n // 2)
+    A, B = np.zeros((n, n)), np.zeros(n)
+    A[k[::2], k[1::2]], A[k[1::2], k[::2]] = -frequency, frequency
+    B[::2] = np.sqrt(2)
+    B[0] = 1
+    return torch.from_numpy(A - np.outer(B, B)), torch.from_numpy(B), torch.from_numpy(B[None].copy())
+
+
+@lru_cache(maxsize=64)
+def _eigen(init: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    A, _, P = (part.numpy() for part in nplr(init, n))
+    normal = A + P.T @ P
+    decay = normal.diagonal().mean()
+    w, V = np.linalg.eigh(-1j * (normal - decay * np.eye(n)))
+    half = n // 2
+    w, V = w[:half], V[:, :half]
+    if abs(w[-1]) < _ZERO:
+        # "fout" has one pair of zeros, for the constant and a mode that nothing reaches. Any basis of that plane is an
+        # eigenbasis; the kept vector and its conjugate have to span it.
+        w[-1] = 0
+        V[:, -1] = 0
+        V[:2, -1] = np.array([1, 1j]) / np.sqrt(2)
+    # An eigenvector is free up to a phase. Fixing it (first component that is not small real and positive) makes the
+    # numbers that depend on it, such as a clipped V* B, the same everywhere.
+    lead = V[np.argmax(np.abs(V) > 1e-3 / np.sqrt(n), axis=0), np.arange(half)]
+    return decay + 1j * w, V * (np.abs(lead) / lead)
+
+
+def diagonal_plus_low_rank(init: str, n: int, rank: int | None = None, *, b_clip: float | None = 2.0) -> DPLR:
+    """A HiPPO family in the basis of the eigenvectors of its normal part, half of each conjugate pair.
+
+    Args:
+        init, n: as in `nplr`.
+        rank: number of rows of P; those that the family does not need are zero. None: as many as it needs.
+        b_clip: bound on |Im B|, None for no bound. S4 clips at 2.
+
+    Raises:
+        ValueError: an unknown family, an odd size, or a rank below what the family needs.
+    """
+    A, B, P = nplr(init, n)
+    rank = len(P) if rank is None else rank
+    if rank < len(P):
+        raise ValueError(f"rank: init={init!r} needs {len(P)}, got {rank}")
+    Lambda, V = map(torch.from_numpy, _eigen(init, n))
+    low = P.to(V.dtype) @ V.conj()
+    low = torch.cat([low, low.new_zeros(rank - len(P), n // 2)])
+    into = V.mH @ B.to(V.dtype)
+    if b_clip is not None:
+        into = torch.complex(into.real, into.imag.clamp(-b_clip, b_clip))
+    return DPLR(Lambda.clone(), low, into, V.clone())

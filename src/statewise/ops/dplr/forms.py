@@ -1,0 +1,139 @@
+"""Closed forms of the diagonal-plus-low-rank recurrence: powers of its dense step by repeated squaring.
+
+A state of N complex modes is M = 2 N real numbers, and one step without input is a dense (M, M) matrix, I + E. It is a
+contraction (Re w <= 0), so its powers never grow, and products of them lose nothing. What is kept of I + E is E: the
+square of I + E is I + (2 E + E E), and so a mode that decays slowly keeps the digits of its decay.
+
+Every form runs from a zero state; what an incoming state adds is computed on its own (`from_state`, `decayed`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..lti.convolution import convolve
+from ..lti.forms import chunk_size, in_chunks
+from .reference import drift, stepper
+
+
+def parts(x: Tensor) -> Tensor:
+    """(..., N) complex as (..., 2 N) real."""
+    return torch.view_as_real(x).flatten(-2)
+
+
+def whole(x: Tensor) -> Tensor:
+    """The inverse of `parts`."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+
+
+def _split(length: int) -> int:
+    """k such that chunks of 2^k tokens cut a row of `length` into about as many chunks."""
+    return ((max(length, 1) - 1).bit_length() + 1) // 2
+
+
+class System:
+    """The discrete system in real coordinates: A^(2^k) - I = E(k), what enters and what is read.
+
+    Rows are states: `x (..., M)` goes to `x + x @ E(k)` in 2^k steps.
+
+    Args:
+        w, b: (D, N) and p (R, D, N), complex, as in `ops.dplr_ssm`.
+        c: (K, D, N), complex, K read-outs of one state; all but `kernel` want a single one.
+    """
+
+    def __init__(self, w: Tensor, p: Tensor, b: Tensor, c: Tensor):
+        solve = stepper(w, p)
+        self.b = parts(solve(b)).unsqueeze(1)  # (D, 1, M)
+        self.c = 2 * parts(c.conj().resolve_conj()).transpose(0, 1)  # (D, K, M), to be dotted with states
+        M = self.b.shape[-1]
+        unit = whole(torch.eye(M, dtype=self.b.dtype, device=w.device)).unsqueeze(1)  # (M, 1, N)
+        self._E = [parts(solve(drift(w, p, unit))).transpose(0, 1)]  # (D, M, M) [d, from, to]
+
+    def E(self, k: int) -> Tensor:
+        """A^(2^k) - I, made when it is first asked for."""
+        while len(self._E) <= k:
+            E = self._E[-1]
+            self._E.append(torch.baddbmm(E, E, E, beta=2))
+        return self._E[k]
+
+    def entered(self, k: int) -> Tensor:
+        """A^r b for r < 2^k, (D, 2^k, M)."""
+        rows = self.b
+        for j in range(k):
+            rows = torch.cat([rows, torch.baddbmm(rows, rows, self.E(j))], 1)
+        return rows
+
+    def read(self, k: int, count: int) -> Tensor:
+        """c A^(q 2^k) for q < count, (D, K, count, M)."""
+        rows, j = self.c.unsqueeze(2), k
+        while rows.shape[2] < count:
+            more = rows[:, :, : count - rows.shape[2]]
+            further = more.flatten(1, 2) @ self.E(j).mT
+            rows = torch.cat([rows, more + further.view(more.shape)], 2)
+            j += 1
+        return rows
+
+    def emitted(self, k: int) -> Tensor:
+        """c A^(j + 1) for j < 2^k of a single read-out, (D, 2^k, M)."""
+        rows = self.read(0, 1 << k).squeeze(1)
+        return torch.baddbmm(rows, rows, self.E(0).mT)
+
+    def kernel(self, length: int) -> Tensor:
+        """c A^l b for l < length: (K, D, length). With l = q Q + r it is a product of c A^(q Q) and A^r b."""
+        k = _split(length)
+        left = self.read(k, -(-length >> k) if length else 1)
+        taps = left.flatten(1, 2) @ self.entered(k).mT  # (D, K * chunks, Q)
+        return taps.view(*left.shape[:2], -1)[..., :length].transpose(0, 1)
+
+    def from_state(self, x: Tensor, length: int) -> Tensor:
+        """What a state adds to the next outputs, c A^(t + 1) x: x (D, B, M) -> (D, B, length)."""
+        k = _split(length)
+        chunks = -(-length >> k)
+        rows, j = x.unsqueeze(2), k  # (D, B, chunks, M)
+        while rows.shape[2] < chunks:
+            more = rows[:, :, : chunks - rows.shape[2]]
+            rows = torch.cat([rows, more + more @ self.E(j).unsqueeze(1)], 2)
+            j += 1
+        return (rows @ self.emitted(k).mT.unsqueeze(1)).flatten(2)[..., :length]
+
+    def decayed(self, x: Tensor, steps: Tensor | int) -> Tensor:
+        """A^steps x: x (D, B, M), steps an integer or (B,)."""
+        if isinstance(steps, int):
+            for k in range(steps.bit_length()):
+                x = torch.baddbmm(x, x, self.E(k)) if steps >> k & 1 else x
+            return x
+        for k in range(int(steps.max()).bit_length() if len(steps) else 0):
+            x = torch.where((steps >> k & 1).bool().view(1, -1, 1), torch.baddbmm(x, x, self.E(k)), x)
+        return x
+
+    def last_state(self, u: Tensor) -> Tensor:
+        """The state after a row that began at zero: u (B, L, D) -> sum_s A^(L - 1 - s) b u_s, (D, B, M).
+
+        Chunks first, then pairs of neighbours, pairs of pairs, and so on.
+        """
+        B, length, D = u.shape
+        k = _split(length)
+        chunks = max(-(-length >> k), 1)
+        chunks = 1 << (chunks - 1).bit_length()
+        u = F.pad(u.permute(2, 0, 1), ((chunks << k) - length, 0)).reshape(D, B * chunks, 1 << k)
+        rows = (u @ self.entered(k).flip(1)).view(D, B, chunks, -1)
+        while rows.shape[2] > 1:
+            first, second = rows[:, :, ::2], rows[:, :, 1::2]
+            rows = second + first + first @ self.E(k).unsqueeze(1)
+            k += 1
+        return rows.squeeze(2)
+
+    def fft(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u (B, L, D) from a zero state -> y (B, L, D), last state (D, B, M). One document a row, no padding."""
+        return convolve(u.mT, self.kernel(u.shape[1])[0]).mT, self.last_state(u)
+
+    def chunk(self, u: Tensor, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `fft`, by matrix products inside chunks; `document` as in `lti.forms.in_chunks`."""
+        size = chunk_size(u.shape[1])
+        k = size.bit_length() - 1
+        inject, E = self.entered(k).flip(1), self.E(k)
+        return in_chunks(
+            u, self.kernel(size)[0], inject, self.emitted(k), lambda x: torch.baddbmm(x, x, E), document
+        )  # fmt: skip

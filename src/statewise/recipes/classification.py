@@ -1,0 +1,203 @@
+"""What all classification recipes share: from a data set, a model's name and a profile to a `Recipe`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from .._names import unknown
+from ..training.options import Training
+from ._long_range import FAMILIES, LEVELS, MASKED, MASKED_PIXELS, Setting, setting
+from .models import ModelChoice
+from .recipe import Phase, Recipe
+
+Profile = Literal["small", "full"]
+Pretrain = Literal["none", "masked", "causal"]
+
+
+@dataclass(frozen=True)
+class SetOptions:
+    """Data.
+
+    Args:
+        source: folder or file with the published data; not needed where the set is made here or comes with a package
+        seed: of the set itself, where it is generated or split
+        workers: processes that make the set
+    """
+
+    source: str | None = None
+    seed: int = 0
+    workers: int = 1
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the list of recipes.
+
+    Args:
+        recipe: name, as in `statewise run`. data: name of the set. table: row of the tables in `_long_range`.
+    """
+
+    recipe: str
+    data: str
+    table: str
+
+
+_ARGUMENTS = """
+
+Args:
+    model: s4, s4d, s5, transformer, mamba, mamba2, lstm, any other mixer (see `statewise list`), or several with
+        commas between them
+    profile: small is sized for two CPU cores, full is what the papers publish
+    d_model: width; from the table of the profile if not given
+    n_layer: number of layers; from the table of the profile if not given
+    pretrain: learn to restore hidden elements of the training rows (masked), or to tell the next one (causal), before
+        learning labels
+    pretrain_steps: steps of that; as many as `steps` if not given
+    pretrain_lr: its learning rate; from the table of the profile if not given
+    limit_train: use only so many training rows
+"""
+
+
+def classification(task: Task, about: str) -> Callable[..., Recipe]:
+    """The recipe function of a task; `about` is its line in `statewise list`.
+
+    `training` None means: from the table of model and profile. `defaults_for` tells the command line which that is.
+    """
+
+    def recipe(
+        *,
+        model: ModelChoice = "s4d",
+        profile: Profile = "small",
+        d_model: int | None = None,
+        n_layer: int | None = None,
+        pretrain: Pretrain = "none",
+        pretrain_steps: int | None = None,
+        pretrain_lr: float | None = None,
+        limit_train: int | None = None,
+        data: SetOptions = SetOptions(),
+        training: Training | None = None,
+    ) -> Recipe:
+        row = setting(task.table, _family(model), profile)
+        options = {
+            "model": model, "profile": profile, "d_model": d_model, "n_layer": n_layer, "pretrain": pretrain,
+            "pretrain_steps": pretrain_steps, "pretrain_lr": pretrain_lr, "limit_train": limit_train,
+            "data": asdict(data),
+        }  # fmt: skip
+        return _classify(task, row, row.training if training is None else training, data, options)
+
+    def defaults_for(values: Mapping[str, Any]) -> dict[str, Training]:
+        row = setting(task.table, _family(values.get("model", "s4d")), values.get("profile", "small"))
+        return {"training": row.training}
+
+    recipe.__doc__ = about + _ARGUMENTS
+    recipe.__name__ = recipe.__qualname__ = task.recipe.rsplit(".", 1)[1]
+    recipe.defaults_for = defaults_for  # type: ignore[attr-defined]
+    return recipe
+
+
+def _family(model: ModelChoice) -> str:
+    if isinstance(model, str):
+        return model
+    return str(model.get("name", "")) if isinstance(model, Mapping) else "a list"
+
+
+def _classify(task: Task, row: Setting, training: Training, data: SetOptions, options: dict[str, Any]) -> Recipe:
+    from ..data.classify import ClassifyData
+    from ..tasks import Classification
+    from .labels import finish_classification
+    from .pretraining import prepared
+
+    objective = options["pretrain"]
+    config = _config(task, row, options, causal=objective == "causal")
+    labelled = _prepare(task.data, options["profile"], data)
+    config |= {"n_outputs": labelled.n_classes, "vocab_size": labelled.vocab_size}
+    config |= {"channels": labelled.channels or None}
+    config |= {"head": "pair"} if labelled.paired else {}
+    batches = ClassifyData(labelled, training.batch_size, seed=training.seed, limit=options["limit_train"])
+    before: Phase | None = None
+    if objective != "none":
+        rate = MASKED.get(task.table, MASKED_PIXELS if labelled.channels else 0.15)
+        before = prepared(
+            task.recipe, batches, objective, config, _first(training, row, options),
+            rate=rate, levels=LEVELS.get(task.table),
+        )  # fmt: skip
+    net = _model(config, training.seed)
+    made = Classification(net, labelled.n_classes)
+    return Recipe(task.recipe, net, batches, made, training, options, finish_classification, before)
+
+
+def _first(training: Training, row: Setting, options: Mapping[str, Any]) -> Training:
+    """The training before labels."""
+    steps = options["pretrain_steps"] or training.steps
+    every = max(steps // 10, 1)
+    return replace(
+        training,
+        steps=steps,
+        lr=options["pretrain_lr"] or row.pretrain_lr,
+        warmup=min(training.warmup, steps // 10),
+        eval_every=every,
+        checkpoint_every=every,
+    )
+
+
+def _model(config: dict[str, Any], seed: int) -> Any:
+    import torch
+
+    from ..models.classification import SequenceClassifier
+
+    torch.manual_seed(seed)
+    return SequenceClassifier(**config)
+
+
+def _config(task: Task, row: Setting, options: Mapping[str, Any], *, causal: bool) -> dict[str, Any]:
+    config, model = dict(row.config), options["model"]
+    if not isinstance(model, str):
+        config["mixer"] = model
+    else:
+        names = [part.strip() for part in model.split(",")]
+        specs = [setting(task.table, _known(name), options["profile"]).config["mixer"] for name in names]
+        config["mixer"] = specs if len(specs) > 1 else specs[0]
+    config |= {name: options[name] for name in ("d_model", "n_layer") if options[name] is not None}
+    return {**config, "mixer": _causal(config["mixer"])} if causal else config
+
+
+def _known(model: str) -> str:
+    from .. import mixers
+
+    if model not in FAMILIES and model not in mixers.names():
+        raise ValueError(unknown("model", model, [*FAMILIES, *mixers.names()]))
+    return model
+
+
+def _causal(mixer: Any) -> Any:
+    """The mixer that sees the past only, of the same family."""
+    from ..mixers import CausalMixer, mixer_class
+
+    if isinstance(mixer, list):
+        return [_causal(entry) for entry in mixer]
+    spec = {"name": mixer} if isinstance(mixer, str) else dict(mixer)
+    name = str(spec["name"]).removeprefix("bidirectional_")
+    if not issubclass(mixer_class(name), CausalMixer):
+        raise ValueError(f"pretrain: 'causal' needs a causal mixer, and {name!r} is not; want --pretrain masked")
+    return {**spec, "name": name}
+
+
+def _prepare(name: str, profile: str, options: SetOptions) -> Any:
+    """The set, with a bar on the screen while it is made."""
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..data.sets import prepare
+    from ..training.fit import is_first_process
+
+    source = None if options.source is None else Path(options.source)
+    with Progress(transient=True, console=Console(stderr=True, quiet=not is_first_process())) as bar:
+        line = bar.add_task(f"Making {name}", total=None)
+        return prepare(
+            name, profile, seed=options.seed, source=source, workers=options.workers,
+            progress=lambda done, total: bar.update(line, completed=done, total=total),
+        )  # fmt: skip

@@ -1,0 +1,180 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from statewise import load, recipes
+from statewise.cli.run import _options
+from statewise.data.classify import ClassifyData
+from statewise.models.classification import SequenceClassifier
+from statewise.recipes import _long_range as tables
+from statewise.tasks import Classification
+from statewise.testing import toys
+from statewise.training.directory import RunDirectory, read_metrics
+from statewise.training.fit import fit
+from statewise.training.options import Training
+
+RECIPES = {"lra.listops": "tokens", "lra.retrieval": "pairs", "image.fashion_mnist": "pixels"}
+SHORT = Training(steps=6, batch_size=4, eval_every=2, checkpoint_every=2, warmup=1, lr=1e-2)
+
+
+@pytest.fixture(autouse=True)
+def sets(monkeypatch):
+    """Recipes get toys instead of their data."""
+    import statewise.data.sets
+
+    kinds = {"listops": "tokens", "retrieval": "pairs"}
+    monkeypatch.setattr(statewise.data.sets, "prepare", lambda name, *_, **__: toys.SETS[kinds.get(name, "pixels")]())
+
+
+def _run(name, path, *, resume=False, training=SHORT, **options):
+    made = recipes.get(name)(**{"model": "s4d", "d_model": 8, "n_layer": 1, "training": training, **options})
+    run = RunDirectory(path)
+    run.path.mkdir(exist_ok=True)
+    console = Console(record=True, width=120, quiet=False, file=open(path.parent / "log", "w"))  # noqa: SIM115
+    outcome = recipes.execute(made, run, resume=resume, console=console)
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(run.metrics)]
+    return made, run, outcome, rows, console.export_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_leaves_all_its_files(name, tmp_path):
+    made, run, outcome, rows, text = _run(name, tmp_path / "run")
+    assert outcome.finished
+    assert {p.name for p in run.path.iterdir()} >= {
+        *("config.yaml", "config.json", "metrics.csv", "checkpoints", "model.safetensors"),
+        *("results.json", "curve.png", "confusion.png", "confusion.csv", "README.md"),
+    }
+    results = json.loads(run.results.read_text())
+    assert f"{results['accuracy']:.2%}" in run.card.read_text()
+    assert results["baselines"].keys() >= {"majority"}
+    assert all(rule in text for rule in results["baselines"])
+    counts = np.loadtxt(run.path / "confusion.csv", delimiter=",")
+    assert counts.sum() == results["test_rows"] == 10
+    assert counts.trace() / 10 == pytest.approx(results["accuracy"])
+    validated = {r["step"]: r["val_accuracy"] for r in rows if "val_accuracy" in r}
+    best = max(run.saved_steps(), key=lambda s: (validated[s], -s))
+    assert (results["best_step"], results["val_accuracy"]) == (best, pytest.approx(validated[best], abs=1e-5))
+    # The saved model is that of the best step, and the figures are its own.
+    model = load(run.path)
+    right = sum(int((model(b.tokens, b.seg).argmax(-1) == b.targets).sum()) for b in made.data.split("test"))
+    assert right / 10 == pytest.approx(results["accuracy"])
+    assert run.read_config() == {"recipe": name, **made.config()}
+
+
+@pytest.mark.parametrize("family", [*tables.FAMILIES, "rglru", "mamba2,attention"])
+def test_any_model_runs(family, tmp_path):
+    if family == "s4":
+        pytest.importorskip("statewise.mixers.s4")
+    _, run, outcome, _, _ = _run("lra.listops", tmp_path / "run", model=family, n_layer=2, d_model=16)
+    assert outcome.finished
+    assert json.loads(run.results.read_text())["parameters"] > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("pretrain", ["masked", "causal"])
+def test_a_phase_before_the_labels(name, pretrain, tmp_path):
+    options = {"pretrain": pretrain, "pretrain_steps": 4}
+    made, run, _, rows, _ = _run(name, tmp_path / "run", **options)
+    inner = RunDirectory(run.path / "pretrain")
+    told = json.loads(run.results.read_text())["pretraining"]
+    assert told == json.loads(inner.results.read_text())
+    assert told["steps"] == 4
+    assert inner.curve.is_file()
+    assert "(pretrain/curve.png)" in run.card.read_text()
+    # The weights were handed over: a run that starts from others has another first loss.
+    _, _, _, scratch, _ = _run(name, tmp_path / "scratch")
+    assert rows[0]["loss"] != scratch[0]["loss"]
+    assert made.before.recipe.training.lr == tables.setting("listops", "s4d", "small").pretrain_lr
+
+
+def test_both_phases_can_be_resumed(tmp_path):
+    options = {"pretrain": "masked", "pretrain_steps": 6}
+    _, run, _, rows, _ = _run("image.fashion_mnist", tmp_path / "run", **options)
+    first = RunDirectory(run.path / "pretrain")
+    before, weights = read_metrics(first.metrics), load(run.path).state_dict()
+
+    def forget(directory, step):
+        for path in (directory.model, directory.results, directory.card):
+            path.unlink(missing_ok=True)
+        for saved in directory.saved_steps():
+            if saved > step:
+                directory.checkpoint(saved).unlink()
+
+    # As if killed in the second phase, then in the first.
+    for cut in ("second", "first"):
+        forget(run, 4 if cut == "second" else 0)
+        if cut == "first":
+            forget(first, first.saved_steps()[-2])
+        _, _, outcome, again, _ = _run("image.fashion_mnist", tmp_path / "run", resume=True, **options)
+        assert outcome.finished, cut
+        assert again == rows, cut
+        assert all(torch.equal(t, load(run.path).state_dict()[n]) for n, t in weights.items()), cut
+        assert [r["loss"] for r in read_metrics(first.metrics) if "loss" in r] == [
+            r["loss"] for r in before if "loss" in r
+        ], cut
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    _, run, _, rows, _ = _run("lra.listops", tmp_path / "run")
+    for path in (run.checkpoint(6), run.card, run.results, run.model):
+        path.unlink()
+    _, _, outcome, again, _ = _run("lra.listops", tmp_path / "run", resume=True)
+    assert outcome.finished
+    assert again == rows
+
+
+def test_sixteen_rows_are_learned_by_heart(tmp_path):
+    torch.manual_seed(0)
+    model = SequenceClassifier(2, 32, 2, vocab_size=toys.VOCAB, mixer={"name": "s4d", "d_state": 8}, norm="batch")
+    data = ClassifyData(toys.tokens(), 16, limit=16)
+    run = RunDirectory(tmp_path)
+    fit(Classification(model, 2), data, Training(steps=60, batch_size=16, lr=1e-2, weight_decay=0.0), run)
+    assert read_metrics(run.metrics)[-2]["accuracy"] == 1.0
+
+
+def test_the_table_fills_in_what_is_not_said():
+    s5 = _options("lra.listops").parse(["--model", "s5", "--profile", "full"])["training"]
+    assert (s5.batch_size, s5.steps, s5.lr) == (50, 76_800, pytest.approx(3e-3))
+    assert s5.special == {"B": {"lr": 1.0, "weight_decay": 0.04}}
+    s4d = _options("lra.listops").parse(["--profile", "full", "--steps", "9"])["training"]
+    assert (s4d.batch_size, s4d.steps, s4d.warmup, s4d.lr) == (32, 9, 12_000, 0.01)
+    assert s4d.lr * s4d.dynamics_lr == pytest.approx(1e-3)
+    # A file says what the table would, then the command line has the last word.
+    values = _options("lra.listops").parse(["--lr", "0.5"], {"profile": "full", "lr": 0.25, "warmup": 3})
+    assert (values["training"].lr, values["training"].warmup, values["training"].steps) == (0.5, 3, 120_000)
+    # The same function from Python.
+    made = recipes.get("lra.listops")(model="s5", d_model=8, n_layer=1)
+    assert made.training == tables.setting("listops", "s5", "small").training
+    assert made.config()["lr"] == made.training.lr
+
+
+@pytest.mark.parametrize("task", tables.SAMPLES)
+@pytest.mark.parametrize("profile", ["small", "full"])
+def test_every_row_of_the_tables_makes_a_model(task, profile):
+    for family in tables.FAMILIES:
+        row = tables.setting(task, family, profile)
+        names = [row.config["mixer"]] if isinstance(row.config["mixer"], str) else [row.config["mixer"]["name"]]
+        if "bidirectional_s4" in names:
+            pytest.importorskip("statewise.mixers.s4")
+        with torch.device("meta"):
+            model = SequenceClassifier(**row.config, n_outputs=2, channels=1)
+        for name, told in row.training.special.items():
+            assert told
+            assert any(name in p.split(".") for p, _ in model.named_parameters()), (family, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "s6"}, "unknown model 's6'; did you mean"),
+        ({"model": {"name": "bidirectional"}, "pretrain": "causal"}, "pretrain: 'causal' needs a causal mixer"),
+        ({"limit_train": 100}, "limit_train: want 1 to 37 rows"),
+        ({"pretrain": "masked", "training": Training(devices=2)}, "2 devices need torchrun"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.get("lra.listops")(**options)
