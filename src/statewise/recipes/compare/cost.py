@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from ...data.steps import Batch
 from ...ops import OPS
 
 _BUILDS = 24  # models built at most in the search for a width
@@ -119,8 +120,10 @@ def _formula(kernel: str) -> Callable[[Any], int] | None:
     return getattr(OPS[op].load_cases(), "flops", None) if op in OPS else None
 
 
-def _first(batch: Any, rows: int) -> Any:
-    return type(batch)(*(None if x is None else x[:rows] for x in batch))
+def _first(batch: Batch, rows: int) -> Batch:
+    tokens, targets, seg = batch
+    inputs = slice(rows * (len(tokens) // len(targets)))  # a target may be that of several rows
+    return Batch(tokens[inputs], targets[:rows], None if seg is None else seg[inputs])
 
 
 def step_flops(recipe: Any) -> tuple[int, list[str]]:
