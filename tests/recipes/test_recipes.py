@@ -76,7 +76,7 @@ def test_a_run_leaves_all_its_files(finished):
     names = {p.name for p in run.path.iterdir()}
     assert names == {
         *("config.yaml", "config.json", "metrics.csv", "checkpoints", "model.safetensors"),
-        *("results.json", "curve.png", "README.md"),
+        *("results.json", "machine.json", "curve.png", "README.md", "report.html"),
     }
     results = json.loads(run.results.read_text())
     assert f"{results['bits_per_byte']:.3f}" in run.card.read_text()
