@@ -75,6 +75,13 @@ class System:
             j += 1
         return rows
 
+    def read_late(self, steps: int) -> Tensor:
+        """c A^steps as complex numbers, (K, D, N)."""
+        rows = self.c
+        for k in range(steps.bit_length()):
+            rows = torch.baddbmm(rows, rows, self.E(k).mT) if steps >> k & 1 else rows
+        return whole(rows.transpose(0, 1)).conj().resolve_conj() / 2
+
     def emitted(self, k: int) -> Tensor:
         """c A^(j + 1) for j < 2^k of a single read-out, (D, 2^k, M)."""
         rows = self.read(0, 1 << k).squeeze(1)
