@@ -103,7 +103,7 @@ def _seed(state, taken, edge, chain, pivot, t, room):
     size = len(taken)
     for _ in range(DASH_TRIES):
         angle = below(state, ANGLES)
-        chosen = _place(state, taken, edge, angle, t, room)
+        chosen = _place(state, taken, edge, angle, t, room) if t.solid_counts[angle] else -1
         if chosen < 0:
             return False
         y, x = chosen // size, chosen % size

@@ -29,6 +29,9 @@ class Style(NamedTuple):
         marker: radius of the discs.
         snake_contrast, dash_contrast: brightness: a short snake has the first, a long one the product.
         antialias: resolution at which shapes are drawn.
+        any_angle: a snake may begin at any angle. False for what the published program does: OpenCV's values beyond
+            the border make it give up on angles at which the zone of a first dash, seen from a corner, is all outside.
+            With a margin of 1 that leaves few, so long snakes begin alike and most distractors are given up.
     """
 
     size: int
@@ -44,6 +47,7 @@ class Style(NamedTuple):
     dash_contrast: float = 1.0
     padding: int = 1
     antialias: int = 2
+    any_angle: bool = True
 
     @property
     def distractor(self) -> int:
@@ -68,7 +72,7 @@ class Tables(NamedTuple):
     candidates: np.ndarray  # (K, 2) int64, from a pivot to the tip of the next dash
     weights: np.ndarray  # (shapes, K) float64, chance of a candidate after a dash of this shape, not normalised
     solid: np.ndarray  # (360, J, 2) int64, what must be free around the tail of a first dash
-    solid_counts: np.ndarray  # (360,) int64
+    solid_counts: np.ndarray  # (360,) int64, 0 for an angle that is not used
     disc: np.ndarray  # (Q, 2) int64, a disc with the margin as its radius
     ring: np.ndarray  # (360, 2) int64, from the first tail to the second
     marker: np.ndarray  # (R, R) float32
@@ -87,6 +91,7 @@ def tables(style: Style, margin: int) -> Tables:
     padded = np.zeros((ANGLES, max(map(len, solid)), 2), np.int64)
     for angle, offsets in enumerate(solid):
         padded[angle, : len(offsets)] = offsets
+    used = [style.any_angle or _reaches_inward(offsets) for offsets in solid]
     turn = np.abs(angles[:, None] - angles[None, ANGLES:])
     turn = np.minimum(turn, 2 * np.pi - turn) * style.continuity
     return Tables(
@@ -98,7 +103,7 @@ def tables(style: Style, margin: int) -> Tables:
         candidates=candidates,
         weights=np.cos(np.minimum(turn, np.pi / 2)) ** 2,
         solid=padded,
-        solid_counts=np.array([len(offsets) for offsets in solid]),
+        solid_counts=np.array([len(offsets) if use else 0 for offsets, use in zip(solid, used)]),
         disc=_disc(margin),
         ring=np.round(style.seed_distance * _unit(np.deg2rad(np.arange(ANGLES)))).astype(np.int64),
         marker=_marker(style),
@@ -133,6 +138,12 @@ def _solid(zone: np.ndarray, reach: int) -> np.ndarray:
     down and right than the zone itself, as in the published generator."""
     offsets = np.argwhere(zone >= 1) - len(zone) // 2 + 1
     return offsets[(np.abs(offsets) <= reach).all(1)]
+
+
+def _reaches_inward(offsets: np.ndarray) -> bool:
+    """Whether from each corner of an image some of the offsets lead to a pixel of it."""
+    signs = [(y, x) for y in (-1, 1) for x in (-1, 1)]
+    return all((offsets * sign >= 0).all(1).any() for sign in signs)
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
