@@ -10,6 +10,7 @@ from statewise.cli.run import _options
 from statewise.data.classify import ClassifyData
 from statewise.models.classification import SequenceClassifier
 from statewise.recipes import _long_range as tables
+from statewise.recipes.classification import _causal
 from statewise.tasks import Classification
 from statewise.testing import toys
 from statewise.training.directory import RunDirectory, read_metrics
@@ -164,11 +165,13 @@ def test_the_table_fills_in_what_is_not_said():
 
 @pytest.mark.parametrize("task", tables.SAMPLES)
 @pytest.mark.parametrize("profile", ["small", "full"])
-def test_every_row_of_the_tables_makes_a_model(task, profile):
+@pytest.mark.parametrize("pretrain", ["none", "causal"])
+def test_every_row_of_the_tables_makes_a_model(task, profile, pretrain):
     for family in tables.FAMILIES:
-        row = tables.setting(task, family, profile)
+        row = tables.setting(task, family, profile, pretrain)
+        mixer = row.config["mixer"] if pretrain == "none" else _causal(row.config["mixer"])
         with torch.device("meta"):
-            model = SequenceClassifier(**row.config, n_outputs=2, channels=1)
+            model = SequenceClassifier(**{**row.config, "mixer": mixer}, n_outputs=2, channels=1)
         for name, told in row.training.special.items():
             assert told
             assert any(name in p.split(".") for p, _ in model.named_parameters()), (family, name)

@@ -36,16 +36,16 @@ class Setting:
     pretrain_lr: float = 1e-3
 
 
-def setting(task: str, family: str, profile: str, *, pretrained: bool = False) -> Setting:
+def setting(task: str, family: str, profile: str, pretrain: str = "none") -> Setting:
     """The row of a table; `family` is one of FAMILIES, or anything else for a mixer with options of its own.
 
     Args:
-        pretrained: the training follows one without labels.
+        pretrain: the objective of a training without labels that comes before, if any.
     """
     if profile != "full":
         return _small(task, family)
-    row = _full(task, family)
-    if not pretrained or family not in ("s4", "s4d"):
+    row = _full(task, family, causal=pretrain == "causal")
+    if pretrain == "none" or family not in ("s4", "s4d"):
         return row
     lr = _S4_AFTER.get(task, 1e-3)
     rates = {"lr": lr, "dynamics_lr": min(1e-3 / lr, 1.0), "warmup": min(row.training.warmup, 5_000), "final_lr": 1.0}
@@ -114,7 +114,7 @@ def _protocol(**options: Any) -> Training:
     return Training(**{"clip": 0.0, "beta2": 0.999, "final_lr": 0.0, "log_every": 10, **options})
 
 
-def _full(task: str, family: str) -> Setting:
+def _full(task: str, family: str, *, causal: bool) -> Setting:
     like = _LIKE.get(task, task)
     lr, batch, warmup, steps = _S4[task]
     every = {"eval_every": max(steps // 100, 1), "checkpoint_every": max(steps // 100, 1)}
@@ -124,7 +124,7 @@ def _full(task: str, family: str) -> Setting:
         training = _protocol(lr=lr, weight_decay=0.05, dynamics_lr=1e-3 / lr, special=special, **common)
         return Setting(published.config(family, like), training, _S4_BEFORE.get(task, 1e-3))
     if family == "s5":
-        return Setting(published.config("s5", like), _s5_training(task))
+        return Setting(published.config("s5", like), _s5_training(task, causal=causal))
     if family == "transformer":
         before, rate = _TRANSFORMER[task]
         decay = 0.1 if task == "text" else 0.0
@@ -140,14 +140,16 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in ("d_model", "n_layer", "dropout", "head") if name in config}
 
 
-def _s5_training(task: str) -> Training:
+def _s5_training(task: str, *, causal: bool) -> Training:
     batch, epochs, rate, factor, decay, rule = _S5[task]
     epoch = SAMPLES[task] // batch
     special: dict[str, dict[str, float]] = {
         "B like weights": {"B": {"lr": 1.0, "weight_decay": decay}},
         "steps like weights": {"log_step": {"lr": 1.0, "weight_decay": decay}},
         "B decays": {"B": {"weight_decay": decay}},
-        "C like states": {name: {"lr": 1 / factor, "weight_decay": 0.0} for name in ("C1", "C2")},
+        "C like states": {
+            name: {"lr": 1 / factor, "weight_decay": 0.0} for name in (("C",) if causal else ("C1", "C2"))
+        },
         "": {},
     }[rule]
     return _protocol(

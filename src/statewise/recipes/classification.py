@@ -79,7 +79,7 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
         data: SetOptions = SetOptions(),
         training: Training | None = None,
     ) -> Recipe:
-        row = setting(task.table, _family(model), profile, pretrained=pretrain != "none")
+        row = setting(task.table, _family(model), profile, pretrain)
         options = {
             "model": model, "profile": profile, "d_model": d_model, "n_layer": n_layer, "pretrain": pretrain,
             "pretrain_steps": pretrain_steps, "pretrain_lr": pretrain_lr, "limit_train": limit_train,
@@ -89,7 +89,7 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
 
     def defaults_for(values: Mapping[str, Any]) -> dict[str, Training]:
         family, profile = _family(values.get("model", "s4d")), values.get("profile", "small")
-        row = setting(task.table, family, profile, pretrained=values.get("pretrain", "none") != "none")
+        row = setting(task.table, family, profile, values.get("pretrain", "none"))
         return {"training": row.training}
 
     recipe.__doc__ = about + _ARGUMENTS
@@ -170,7 +170,7 @@ def _known(model: str) -> str:
     from .. import mixers
 
     if model not in FAMILIES and model not in mixers.names():
-        raise ValueError(unknown("model", model, [*FAMILIES, *mixers.names()]))
+        raise ValueError(unknown("model", model, {*FAMILIES, *mixers.names()}))
     return model
 
 
