@@ -143,6 +143,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 def _s5_training(task: str, *, causal: bool) -> Training:
     batch, epochs, rate, factor, decay, rule = _S5[task]
     epoch = SAMPLES[task] // batch
+    readouts = ("C",) if causal else ("C1", "C2")
     special: dict[str, dict[str, float]] = {
         "B like weights": {"B": {"lr": 1.0, "weight_decay": decay}},
         "steps like weights": {"log_step": {"lr": 1.0, "weight_decay": decay}},
