@@ -48,8 +48,9 @@ def setting(task: str, family: str, profile: str, pretrain: str = "none") -> Set
     if pretrain == "none" or family not in ("s4", "s4d"):
         return row
     lr = _S4_AFTER.get(task, 1e-3)
-    rates = {"lr": lr, "dynamics_lr": min(1e-3 / lr, 1.0), "warmup": min(row.training.warmup, 5_000), "final_lr": 1.0}
-    return replace(row, training=replace(row.training, **rates))
+    warmup = min(row.training.warmup, 5_000)
+    training = replace(row.training, lr=lr, dynamics_lr=min(1e-3 / lr, 1.0), warmup=warmup, final_lr=1.0)
+    return replace(row, training=training)
 
 
 # ---- full ----------------------------------------------------------------------------------------------------------
@@ -148,9 +149,7 @@ def _s5_training(task: str, *, causal: bool) -> Training:
         "B like weights": {"B": {"lr": 1.0, "weight_decay": decay}},
         "steps like weights": {"log_step": {"lr": 1.0, "weight_decay": decay}},
         "B decays": {"B": {"weight_decay": decay}},
-        "C like states": {
-            name: {"lr": 1 / factor, "weight_decay": 0.0} for name in (("C",) if causal else ("C1", "C2"))
-        },
+        "C like states": {name: {"lr": 1 / factor, "weight_decay": 0.0} for name in readouts},
         "": {},
     }[rule]
     return _protocol(
