@@ -35,6 +35,7 @@ def test_ways_to_name_a_model():
     [
         ("mambo", "unknown model 'mambo'; did you mean 'mamba'"),
         ("s4d,atention", "did you mean 'attention'"),
+        ("s5-listops", "unknown model 's5-listops'"),
         ("bidirectional", "causal"),
     ],
 )
