@@ -90,8 +90,8 @@ def build(recipe: str, values: Mapping[str, Any]) -> Any:
     with user_errors():
         check(values["training"])
         built = recipes.get(recipe)(**values)
-        # Names in `special` can only be checked against a model; better now than after a directory is made.
-        parameter_groups(built.model, lr=built.training.lr, special=built.training.special)
+        # Names in `groups` can only be checked against a model; better now than after a directory is made.
+        parameter_groups(built.model, lr=built.training.lr, groups=built.training.groups)
         return built
 
 
