@@ -122,9 +122,9 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        if type(dtype) is not _Dtype or type(raw) is not bytes or fortran:
-            raise pickle.UnpicklingError("an array that is not of bytes, row by row")
-        self.array = np.frombuffer(raw, np.uint8).reshape(shape)
+        if type(dtype) is not _Dtype or type(raw) is not bytes:
+            raise pickle.UnpicklingError("an array that is not of bytes")
+        self.array = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
 class _Dtype:
