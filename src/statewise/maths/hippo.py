@@ -1,15 +1,15 @@
 """HiPPO: matrices of systems that remember their input, and the eigen-decomposition of the normal part of LegS.
 
 x' = A x + B u holds coefficients of the past of u in some basis; which basis that is, and how to get the past back, is
-in `maths.bases`. All are time-invariant. (The memory of the whole past with equal weight divides the same LegS matrices by
+in `maths.bases`. All are time-invariant. (The memory of the whole past with equal weight divides those of LegS by
 the time: see `maths.memory.project_scaled`.)
 
 Everything is computed in float64 with NumPy on the host, whatever torch's default device and dtype are: single
 precision eigenvectors differ between machines.
 
 Source: HiPPO (Gu et al., 2020), Theorems 1 and 2, Appendix D; How to Train Your HiPPO (Gu et al., 2022), section 3
-(FouT, and what the kernels mean); S4 (Gu et al., 2021), Theorem 1 and Appendix C (normal plus low rank); S5 (Smith et al.,
-2022), section 3.2 and Appendix B.1 (blocks).
+(FouT, and what the kernels mean); S4 (Gu et al., 2021), Theorem 1 and Appendix C (normal plus low rank); S5 (Smith et
+al., 2022), section 3.2 and Appendix B.1 (blocks).
 """
 
 from __future__ import annotations

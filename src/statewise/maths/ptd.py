@@ -6,9 +6,9 @@ into the transfer function. Here a small matrix E is sought for which A + E has 
 A + E = V Lambda V^-1 is the exact decomposition of a nearby system.
 
 E minimises log cond(V) + gamma |E| / |A| (spectral norms, columns of V of length one), with two walls: no eigenvalue
-comes closer to the imaginary axis than `MARGIN` or, from outside, to the real one than `GAP`. So all eigenvalues of a result
-are conjugate pairs, N / 2 modes say everything, and the size of the parameters does not depend on luck. Large gamma
-means closer to HiPPO and worse conditioned; cond(V) is about 0.15 |A| / |E|.
+comes closer to the imaginary axis than `MARGIN` or to the real one than `GAP`. So all eigenvalues of a result are
+conjugate pairs, N / 2 modes say everything, and the size of the parameters does not depend on luck. Large gamma means
+closer to HiPPO and worse conditioned; cond(V) is about 0.15 |A| / |E|.
 
 All is computed with NumPy in float64. Results depend on the seed only, up to the rounding of the machine; they are kept
 on disk (see `folder`), because they take time: about 0.3 s for n = 16, 0.7 s for 32, 3 s for 64, 15 s for 128.
