@@ -152,7 +152,7 @@ def _search(n: int, gamma: float, seed: int) -> np.ndarray:
     """E by Adam with steps that fall to zero along a cosine; never across the real axis."""
     A = hippo.legs(n)[0].numpy()
     size = np.linalg.norm(A, 2)
-    E = _start(A, size * min(1e-2, 10 / gamma), seed)
+    E = _start(A, size * min(3e-2, 10 / gamma), seed)
     rate = min(2e-3, 1 / gamma) * size / n
     mean, square = np.zeros_like(E), np.zeros_like(E)
     for step in range(1, STEPS + 1):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 
 from .._names import unknown
 from ..maths.discretize import asynchronous, discretize
-from ..maths.hippo import legs_block_diagonal
-from ..maths.initialisers import complex_normal, log_uniform_log_dt, truncated_normal
+from ..maths.initialisers import block_init, complex_normal, log_uniform_log_dt, truncated_normal
 from ..ops._checks import compute_dtype
 from ..ops._precision import no_autocast, widen
 from ..ops.linear_scan import linear_scan
@@ -40,6 +40,7 @@ class _S5System(SequenceMixer):
         *,
         d_state: int = 64,
         blocks: int = 1,
+        init: str | Mapping[str, Any] = "legs",
         c_init: str = "lecun_normal",
         discretization: str = "zoh",
         dt_min: float = 1e-3,
@@ -67,7 +68,7 @@ class _S5System(SequenceMixer):
         if not 0 <= dropout < 1:
             raise ValueError(f"{what}: dropout: want 0 <= dropout < 1, got {dropout}")
         self.d_model, self.d_state, self.blocks = d_model, d_state, blocks
-        self.c_init, self.discretization, self.clip_eigs = c_init, discretization, clip_eigs
+        self.init, self.c_init, self.discretization, self.clip_eigs = init, c_init, discretization, clip_eigs
         self.dt_min, self.dt_max, self.step_rescale = dt_min, dt_max, step_rescale
         self.activation, self.dropout = activation, dropout
         modes = d_state // 2
@@ -92,14 +93,14 @@ class _S5System(SequenceMixer):
     def reset_dynamics(self) -> None:
         """Draw Lambda, B, C, D and the steps anew."""
         device, dtype = self.B.device, compute_dtype(self.B)
-        Lambda, V, V_star = legs_block_diagonal(self.d_state, self.blocks)
+        Lambda, V, V_inv = block_init(self.init, self.d_state, self.blocks)
         kind = torch.complex128 if dtype == torch.float64 else torch.complex64
-        V, V_star = V.to(device, kind), V_star.to(device, kind)
+        V, V_inv = V.to(device, kind), V_inv.to(device, kind)
         self.Lambda_re.copy_(Lambda.real)
         self.Lambda_im.copy_(Lambda.imag)
         H, P = self.d_model, self.d_state
         B = truncated_normal((P, H), 1 / P, device=device, dtype=dtype)
-        self.B.copy_(torch.view_as_real(V_star @ B.to(kind)))
+        self.B.copy_(torch.view_as_real(V_inv @ B.to(kind)))
         for C in self._outputs():
             if self.c_init == "complex_normal":
                 C.copy_(complex_normal(C.shape[:-1], device=device, dtype=dtype))
@@ -179,7 +180,9 @@ class S5(_S5System, CausalMixer, HasImpulse):
     Args:
         d_model: width D of input and output.
         d_state: P, counting both of each conjugate pair; even.
-        blocks: J; Lambda is J copies of the LegS spectrum of size P / J.
+        blocks: J; Lambda is J copies of a spectrum of size P / J.
+        init: that spectrum, and the basis that B and C are drawn in: "legs" (normal part of HiPPO-LegS) or "ptd" (LegS
+            perturbed and diagonalised, see `S5PTD`).
         c_init: "trunc_standard_normal" (variance 1/P), "lecun_normal" (variance 1/(P D)), both rotated into the modes,
             or "complex_normal" (variance 1/2 of each part, drawn in the modes).
         discretization: "zoh" (input held over a step), "bilinear", "dirac" or "async" (see `maths.discretize`).
