@@ -156,6 +156,53 @@ def test_irregular_steps_of_one_are_regular(rule):
     assert_agree(state, want_state, "state", 20)
 
 
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "dirac", "async"])
+def test_irregular_steps_are_the_recurrence_with_a_step_for_each_token(rule):
+    m = bare(2, d_state=8, discretization=rule, step_rescale=1.5)
+    x, elapsed = torch.randn(2, 15, 2, dtype=F64), 3 * torch.rand(2, 15, dtype=F64)
+    elapsed[0, 4] = 0.0
+    Lambda = m.Lambda_re.detach().numpy() + 1j * m.Lambda_im.detach().numpy()
+    dt, B, C = 1.5 * np.exp(m.log_step.detach().numpy()), as_complex(m.B), as_complex(m.C)
+    want = np.zeros((2, 15, 2))
+    for row in range(2):
+        h = np.zeros(4, complex)
+        for t in range(15):
+            since = elapsed[row, t].item() * dt
+            z = Lambda * since
+            held = (np.exp(Lambda * (dt if rule == "async" else since)) - 1) / Lambda
+            a, gain = {
+                "bilinear": lambda z=z, s=since: ((1 + z / 2) / (1 - z / 2), s / (1 - z / 2)),
+                "dirac": lambda z=z: (np.exp(z), np.ones(4)),
+            }.get(rule, lambda z=z, g=held: (np.exp(z), g))()
+            u = x[row, t].numpy()
+            h = a * h + gain * (B @ u)
+            want[row, t] = 2 * (C @ h).real + m.D.detach().numpy() * u
+    y, state = m.extend_irregular(x, elapsed)
+    assert_agree(y, torch.from_numpy(want), "y", 15)
+    # Cut in two, it is the same; and elapsed has a gradient.
+    first, half = m.extend_irregular(x[:, :6], elapsed[:, :6])
+    second, end = m.extend_irregular(x[:, 6:], elapsed[:, 6:], half)
+    assert_agree(torch.cat([first, second], 1), y, "in two parts", 15)
+    assert_agree(end, state, "state", 15)
+    times = elapsed[:1, :4].clone().requires_grad_()
+    torch.autograd.gradcheck(lambda t: m.extend_irregular(x[:1, :4], t)[0], times)
+
+
+def test_irregular_samples_of_one_signal_agree():
+    # A smooth signal read at random times: the finer the times, the closer to the same signal read regularly.
+    def error(steps: int) -> float:
+        torch.manual_seed(4)
+        m = bare(2, d_state=8, dt_min=1.0, dt_max=1.0)  # elapsed is in units of time
+        gaps = torch.rand(1, steps, dtype=F64) + 0.5
+        gaps = 6 * gaps / gaps.sum()
+        read = lambda t: torch.stack([torch.sin(t), torch.cos(2 * t)], -1)  # noqa: E731
+        regular = torch.full((1, 20_000), 6 / 20_000, dtype=F64)
+        ends = [m.extend_irregular(read(g.cumsum(1)), g)[1] for g in (gaps, regular)]
+        return ((ends[0] - ends[1]).abs().max() / ends[1].abs().max()).item()
+
+    assert error(1600) < 0.6 * error(800) < 0.6 * 0.6 * error(400)
+
+
 def test_a_long_step_is_many_short_ones():
     # Held input: one step of three units is exactly three steps of one with the same value.
     m = bare(3, d_state=8)

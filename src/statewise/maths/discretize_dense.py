@@ -44,9 +44,10 @@ def _eye(A: Tensor) -> Tensor:
 def _held(A: Tensor, step: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """exp(step A), and the integral of exp(s A) columns over 0 <= s <= step: one exponential gives both."""
     n, m = columns.shape
-    both = torch.cat([torch.cat([A, columns], 1), A.new_zeros(m, n + m)])
-    exponential = torch.linalg.matrix_exp(step * both)
-    return exponential[..., :n, :n], exponential[..., :n, n:]
+    # The mean over the step, not the integral: a short step then takes no digits from it.
+    above = torch.cat([step * A, columns.expand(*step.shape[:-2], n, m)], -1)
+    exponential = torch.linalg.matrix_exp(torch.cat([above, above.new_zeros(*above.shape[:-2], m, n + m)], -2))
+    return exponential[..., :n, :n], step * exponential[..., :n, n:]
 
 
 def zoh(A: Tensor, dt: Tensor | float, B: Tensor) -> tuple[Tensor, Tensor]:
