@@ -277,6 +277,46 @@ def test_directions():
     assert_agree(backward, swapped(x.flip(1)).flip(1)[0], "backward")
 
 
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "dirac", "async"])
+def test_both_directions_at_irregular_times(rule):
+    m = BidirectionalS5(2, d_state=8, discretization=rule, activation="none").double()
+    x, elapsed = torch.randn(2, 11, 2, dtype=F64), 2 * torch.rand(2, 11, dtype=F64)
+    assert_agree(m.forward_irregular(x, torch.ones_like(elapsed)), m(x), "steps of one", 11)
+    # One term for each pair of tokens: the gaps between them, whichever comes first; entered with its own gap.
+    _, gain = m._steps(elapsed)
+    into = gain * torch.einsum("pd,bld->blp", torch.view_as_complex(m.B), x + 0j)
+    decay = {"bilinear": m._steps(elapsed)[0]}.get(rule, torch.complex(m.Lambda_re, m.Lambda_im) * m.log_step.exp()
+                                                   * elapsed[..., None])  # fmt: skip
+    total = decay.cumsum(1)
+    between = total[:, :, None] - total[:, None]  # (B, t, s, P): from s to t
+    forth = torch.where(torch.ones(11, 11).tril().bool()[..., None], between, -torch.inf).exp()
+    back = torch.where(torch.ones(11, 11).triu().bool()[..., None], -between, -torch.inf).exp()
+    C1, C2 = torch.view_as_complex(m.C1), torch.view_as_complex(m.C2)
+    want = (
+        2 * (torch.einsum("btsp,bsp,dp->btd", forth, into, C1) + torch.einsum("btsp,bsp,dp->btd", back, into, C2)).real
+    )
+    assert_agree(m.forward_irregular(x, elapsed), want + m.D * x, "pairs of tokens", 11)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_both_directions_at_irregular_times_with_padding(side):
+    m = BidirectionalS5(3, d_state=8).double()
+    valid = torch.ones(1, 9, dtype=torch.bool)
+    valid[0, {"left": slice(0, 3), "right": slice(6, 9), "middle": slice(4, 7)}[side]] = False
+    x, elapsed = torch.randn(1, 6, 3, dtype=F64), torch.rand(1, 6, dtype=F64)
+    wide, gaps = torch.full((1, 9, 3), torch.nan, dtype=F64), torch.full((1, 9), torch.nan, dtype=F64)
+    wide[valid], gaps[valid] = x[0], elapsed[0]
+    y = m.forward_irregular(wide, gaps, Segments.from_valid(valid))
+    assert_agree(y[valid], m.forward_irregular(x, elapsed)[0], "valid", 9)
+    assert (y[~valid] == 0).all()
+    # Two documents in a row do not see each other.
+    seg = Segments.pack([[2, 4]])
+    parts = [m.forward_irregular(x[:, a:b], elapsed[:, a:b]) for a, b in ((0, 2), (2, 6))]
+    assert_agree(m.forward_irregular(x, elapsed, seg), torch.cat(parts, 1), "packed", 6)
+    with pytest.raises(ValueError, match=r"BidirectionalS5: elapsed: want \(B, L\)"):
+        m.forward_irregular(x, elapsed[:, :3])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     m = S5(4, d_state=8, activation=activation).double()

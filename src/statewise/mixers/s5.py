@@ -123,6 +123,12 @@ class _S5System(SequenceMixer):
             dt = dt * elapsed.to(dt.dtype).unsqueeze(-1)
         return discretize(self.discretization, Lambda, dt)
 
+    def _checked(self, elapsed: Tensor, x: Tensor, seg: Segments | None) -> Tensor:
+        if elapsed.shape != x.shape[:2]:
+            what = type(self).__name__
+            raise ValueError(f"{what}: elapsed: want (B, L) = {tuple(x.shape[:2])} like x, got {tuple(elapsed.shape)}")
+        return elapsed if seg is None else seg.mask(elapsed)
+
     def discrete(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
         """log Lambda_bar (P/2,), B_bar (P/2, D), the C (D, P/2), all complex, and D (D,)."""
         log_a, gain = self._steps()
@@ -219,11 +225,7 @@ class S5(_S5System, CausalMixer, HasImpulse):
                 what `extend` gives. It scales dt token by token; with discretization "async" or "dirac" it acts on
                 the decay of the state only.
         """
-        if elapsed.shape != x.shape[:2]:
-            raise ValueError(f"S5: elapsed: want (B, L) = {tuple(x.shape[:2])} like x, got {tuple(elapsed.shape)}")
-        if seg is not None:
-            elapsed = seg.mask(elapsed)
-        return self._extend(x, elapsed, state, seg)
+        return self._extend(x, self._checked(elapsed, x, seg), state, seg)
 
     def _extend(
         self, x: Tensor, elapsed: Tensor | None, state: Tensor | None, seg: Segments | None
@@ -253,7 +255,8 @@ class S5(_S5System, CausalMixer, HasImpulse):
 class BidirectionalS5(_S5System, HasMixing):
     """S5 that looks both ways: one Lambda, B and step, read out by C1 (forward) and C2 (backward).
 
-    Both directions include the present token. Arguments as in `S5`.
+    Both directions include the present token. Arguments as in `S5`. For input at irregular times, `forward_irregular`
+    takes the time since the last token beside x.
 
     Source: Smith et al. 2022, "Simplified State Space Layers for Sequence Modeling" (arXiv 2208.04933), appendix G.
     """
@@ -263,12 +266,25 @@ class BidirectionalS5(_S5System, HasMixing):
     C2: Tensor
 
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
+        return self._both(x, None, seg)
+
+    def forward_irregular(self, x: Tensor, elapsed: Tensor, seg: Segments | None = None) -> Tensor:
+        """As `forward`, for tokens at irregular times.
+
+        Args:
+            elapsed: (B, L), time since the token before (>= 0), as in `S5.extend_irregular`. On the way back the state
+                decays over the same gaps; a token enters it as it does on the way forth.
+        """
+        return self._both(x, self._checked(elapsed, x, seg), seg)
+
+    def _both(self, x: Tensor, elapsed: Tensor | None, seg: Segments | None) -> Tensor:
         check_input(self, x, self.d_model)
         with no_autocast(x):
             v = widen(x) if seg is None else seg.mask(widen(x))
-            a, into = self._drive(v, None)
-            y = self._read(linear_scan(a, into, seg=seg)[0], self.C1)
-            y = y + self._read(linear_scan(a, into, seg=seg, reverse=True)[0], self.C2)
+            before, into = self._drive(v, elapsed)
+            after = before if elapsed is None else torch.exp(self._steps(_of_next(elapsed, seg))[0])
+            y = self._read(linear_scan(before, into, seg=seg)[0], self.C1)
+            y = y + self._read(linear_scan(after, into, seg=seg, reverse=True)[0], self.C2)
             y = (y + widen(self.D) * v).to(x.dtype)
         return self._emit_masked(seg)(y)
 
@@ -281,3 +297,14 @@ class BidirectionalS5(_S5System, HasMixing):
         dense = dense + own[..., None, None] * torch.diag(widen(self.D))
         v = x if seg is None else seg.mask(x)
         return Mixing(dense.to(x.dtype).expand(x.shape[0], -1, -1, -1, -1), v, self._emit_masked(seg), "block")
+
+
+def _of_next(t: Tensor, seg: Segments | None) -> Tensor:
+    """t (B, L) of the next valid position. Where there is none in the document, any number: the scan begins there."""
+    B, L = t.shape
+    at = torch.arange(L, device=t.device).expand(B, L)
+    if seg is not None and seg.valid is not None:
+        at = torch.where(seg.valid, at, L - 1)
+        at = at.flip(1).cummin(1).values.flip(1)
+    following = torch.cat([at[:, 1:], at[:, L - 1 :]], 1)
+    return t.gather(1, following)
