@@ -147,6 +147,15 @@ def test_a_constant_signal_is_its_own_first_coefficient():
         memory.project_scaled(u, 5, method="euler")
 
 
+def test_the_published_recurrence():
+    A, B = (part.numpy() for part in hippo.legs(5))
+    u, x, want = torch.randn(12, dtype=F64), np.zeros(5), []
+    for k, value in enumerate(u.tolist(), 1):
+        x = np.linalg.solve(np.eye(5) - A / (2 * k), (np.eye(5) + A / (2 * k)) @ x + B * value / k)
+        want.append(x)
+    assert_agree(memory.project_scaled(u, 5), torch.from_numpy(np.stack(want)), "bilinear", 12)
+
+
 def test_rows_of_the_whole_past_are_independent():
     u = torch.randn(2, 3, 15, dtype=F64)
     for method in ("bilinear", "zoh"):

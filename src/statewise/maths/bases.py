@@ -72,7 +72,7 @@ class Basis:
 
     def system(self) -> tuple[Tensor, Tensor]:
         """A (N, N) and B (N,) of the system x' = A x + B u that keeps the coefficients of the past of u."""
-        p, derivative = torch.func.jvp(self.functions, (self.lags,), (torch.ones_like(self.lags),))
+        p, derivative, *_ = torch.func.jvp(self.functions, (self.lags,), (torch.ones_like(self.lags),))
         M = p.T @ ((self.masses * self.weight(self.lags))[:, None] * derivative)
         now = self(self._zero())
         B = (2 if self.periodic else 1) * self.weight(self._zero()) * now

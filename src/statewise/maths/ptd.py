@@ -228,27 +228,29 @@ def _write(path: Path, found: Perturbed) -> None:
 
 
 def _read(path: Path, n: int) -> Perturbed | None:
-    """What is in a file, or None (with a warning) if it is not a decomposition of LegS + E with pairs only."""
+    """What is in a file, or None (with a warning) if it is no use."""
     from safetensors import SafetensorError
+
+    try:
+        return _load(path, n)
+    except (OSError, SafetensorError, ValueError) as error:
+        warnings.warn(f"{path}: {error}; it is computed anew", stacklevel=2)
+        return None
+
+
+def _load(path: Path, n: int) -> Perturbed:
+    """A decomposition of LegS + E with pairs only; ValueError for anything else that safetensors can read."""
     from safetensors.torch import load_file
 
     shapes = {"Lambda": (n // 2, 2), "V": (n, n // 2, 2), "V_inv": (n // 2, n, 2), "E": (n, n)}
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        return _useless(path, str(error))
+    tensors = load_file(path)
     if {name: tuple(t.shape) for name, t in tensors.items()} != shapes:
-        return _useless(path, f"want tensors of shapes {shapes}")
+        raise ValueError(f"want tensors of shapes {shapes}")
     if any(t.dtype != torch.float64 for t in tensors.values()):
-        return _useless(path, "want float64")
-    parts = {name: t if name == "E" else torch.view_as_complex(t) for name, t in tensors.items()}
-    found = Perturbed(**parts)
+        raise ValueError("want float64")
+    found = Perturbed(**{name: t if name == "E" else torch.view_as_complex(t) for name, t in tensors.items()})
     want = hippo.legs(n)[0] + found.E
     lost = (2 * (found.V * found.Lambda @ found.V_inv).real - want).norm()
     if not (lost <= 1e-8 * want.norm() and (found.Lambda.real < 0).all() and (found.Lambda.imag < 0).all()):
-        return _useless(path, "V Lambda V_inv is not LegS + E, or not stable")
+        raise ValueError("V Lambda V_inv is not LegS + E, or not stable")
     return found
-
-
-def _useless(path: Path, why: str) -> None:
-    warnings.warn(f"{path}: {why}; it is computed anew", stacklevel=2)
