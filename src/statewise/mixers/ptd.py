@@ -14,7 +14,7 @@ _Class = TypeVar("_Class", bound=type[SequenceMixer])
 
 def _perturbed(cls: _Class) -> _Class:
     """Class decorator: all options of the base class, with `gamma` and `seed` of PTD in the place of `init`."""
-    base = cls.__bases__[0]
+    base: Any = cls.__bases__[0]
 
     def __init__(self: Any, d_model: int, *, gamma: float = 1000.0, seed: int = 0, **options: Any) -> None:
         base.__init__(self, d_model, init={"name": "ptd", "gamma": gamma, "seed": seed}, **options)
@@ -25,7 +25,7 @@ def _perturbed(cls: _Class) -> _Class:
         p for p in inspect.signature(base.__init__).parameters.values() if p.name not in ("self", "d_model", "init")
     ]
     __init__.__signature__ = inspect.Signature(own + others)  # type: ignore[attr-defined]
-    cls.__init__ = __init__  # type: ignore[assignment,misc]
+    cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
 
 
