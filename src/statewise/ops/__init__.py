@@ -5,6 +5,7 @@
 """
 
 from ._backend import BackendError, use_backend
+from ._memory import empty_cache
 from ._spec import OPS, OpSpec, Summary, combine
 from .attention import (
     KVBuffer,
@@ -81,6 +82,7 @@ __all__ = [
     "diagonal_ssm_matrix",
     "diagonal_ssm_step",
     "diagonal_ssm_summary",
+    "empty_cache",
     "gated_rms_norm",
     "linear_scan",
     "linear_scan_apply",
