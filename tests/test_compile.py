@@ -15,12 +15,10 @@ from statewise.testing.tolerance import disturbed
 
 V, D, B, L = 32, 16, 2, 13
 MAMBA2 = {"name": "mamba2", "d_state": 8, "head_dim": 8}
+# Compiling is dear, so mixers that do not disturb each other share a model.
 KINDS = {
-    "mamba": {"name": "mamba", "d_state": 4},
-    "mamba2": MAMBA2,
     "s4d": {"name": "s4d", "d_state": 8},
     "s5": {"name": "s5", "d_state": 8},
-    "attention": {"name": "attention", "n_heads": 2},
     "hybrid": [MAMBA2, {"name": "attention", "n_heads": 2, "n_kv_heads": 1}],
     "window": [{"name": "mamba", "d_state": 4}, {"name": "attention", "n_heads": 2, "window": 5}],
 }
@@ -167,7 +165,7 @@ def test_a_graph_break_would_be_an_error():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mamba2", "window"])
+@pytest.mark.parametrize("kind", ["hybrid", "window"])
 def test_inductor(kind):
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("no C++ compiler: torch.compile's default backend cannot run")

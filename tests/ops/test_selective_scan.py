@@ -22,22 +22,23 @@ def inputs(batch: int, length: int, size=(40, 16), variant="gated", seed=0):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.speed
 def test_faster_than_the_loop_of_transformers():
-    """The promise: at L = 1024 and the shape of mamba-130m, 10 times forward and 8 times forward and backward."""
+    """The promise, at the shape of mamba-130m: 10 times forward, and 10 times forward and backward."""
     pytest.importorskip("transformers")
     from statewise.benchmarks import bounds, ops, report, runner
 
     op = next(op for op in ops.catalogue() if op.title == "selective_scan")
     op = replace(op, peers={"transformers": op.peers["transformers"]})
-    limits, least = bounds.measure(seconds=0.1), {ops.FORWARD: 10, ops.BOTH: 8}
-    for mode, times in least.items():
-        # Their backward pass takes a minute (each slice's gradient is a whole tensor), so it is run once.
-        row = runner.run_case(ops.row(op, mode, 1024), limits, runner.Settings(patience=1000), runner.Forecast())
+    limits = bounds.measure(seconds=0.1)
+    # Their backward pass grows with the square of the length (each slice's gradient is a whole tensor): at 1024
+    # positions it takes a minute, and the ratio is in the thousands.
+    for mode, length in ((ops.FORWARD, 1024), (ops.BOTH, 192)):
+        row = runner.run_case(ops.row(op, mode, length), limits, runner.Settings(), runner.Forecast())
         entry = row["entries"][1]
-        print(f"\nselective_scan, {mode}, L 1024: transformers {report.peer_cell(row, entry)}")
+        print(f"\nselective_scan, {mode}, L {length}: transformers {report.peer_cell(row, entry)}")
         assert not entry["doubtful"]
-        assert report.ratio(row, entry) >= times
+        assert report.ratio(row, entry) >= 10
 
 
 _MEMORY = """

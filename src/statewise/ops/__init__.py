@@ -5,6 +5,7 @@
 """
 
 from ._backend import BackendError, use_backend
+from ._memory import empty_cache
 from ._spec import OPS, OpSpec, Summary, combine
 from .attention import (
     KVBuffer,
@@ -88,6 +89,7 @@ __all__ = [
     "dplr_ssm_apply",
     "dplr_ssm_matrix",
     "dplr_ssm_step",
+    "empty_cache",
     "gated_rms_norm",
     "linear_scan",
     "linear_scan_apply",

@@ -8,10 +8,8 @@ kernels at once, and its pool does not survive a fork. Kernels here are `nogil` 
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from . import _deterministic
+from ._memory import empty
 from ._parallel_numba import find_team, launch
 
 # "contract" lets LLVM fuse a*b+c, which only removes a rounding. Nothing else of fast-math is on by default:
@@ -108,34 +107,6 @@ def team(work: int, small: int) -> tuple[int, int]:
     """(team, threads) for a function that forks kernels itself: this thread alone if there is `small` work or less."""
     threads = torch.get_num_threads()
     return (0, 1) if threads == 1 or not _team or (work <= small and not split_small) else (_team, threads)
-
-
-_LARGE = 8 * 2**20  # bytes; the C library asks the system anew for memory of this size, page by page
-_PAGE = 2 * 2**20
-_MADV_HUGEPAGE = 14
-
-
-def _advice() -> Callable[[int, int], None] | None:
-    """A function that asks Linux for large pages, if this is Linux."""
-    if sys.platform != "linux":
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return lambda start, size: madvise(start, size, _MADV_HUGEPAGE)
-
-
-_advise = _advice()
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """An uninitialised tensor. Large ones ask for large pages: writing 50 MB for the first time took 9.6 ms in
-    pages of 4 kB and 2.4 ms in pages of 2 MB, as long as the kernel itself needs for it."""
-    t = torch.empty(shape, dtype=dtype)
-    size = t.numel() * t.element_size()
-    if size >= _LARGE and _advise is not None:
-        start = -(-t.data_ptr() // _PAGE) * _PAGE
-        _advise(start, (t.data_ptr() + size - start) // _PAGE * _PAGE)
-    return t
 
 
 def array(t: torch.Tensor) -> np.ndarray:

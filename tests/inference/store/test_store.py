@@ -320,7 +320,7 @@ def test_the_size_of_a_recurrent_state_does_not_depend_on_the_text(tmp_path):
     assert abs(sizes[0] - sizes[1]) < 64  # digits of numbers in the header
 
 
-@pytest.mark.slow
+@pytest.mark.speed
 def test_resuming_a_long_text_takes_milliseconds(tmp_path):
     """250,000 tokens: found, checked and loaded in a hundredth of the time it takes to read them, and in little more
     than a text of 1,000 takes."""

@@ -571,7 +571,7 @@ def forward(
         *_memory(z), _or(f(dt_bias), _EMPTY1), _or(f(state), _EMPTY),
         _NO_MARKS if marks is None else marks.contiguous().numpy(), dt_softplus, _F(low), _F(high),
         keep, common.words(y), last.numpy(), common.words(boundaries),
-        inline=rows * L * channels * N < 1_500_000,
+        inline=rows * L * channels * N < 100_000,
     )  # fmt: skip
     return y.to(x.dtype), last, boundaries
 
@@ -584,7 +584,7 @@ def backward(
     """Gradients of x, dt, A, B, C, D, z, dt_bias, state, in the dtypes of the inputs; empty for absent inputs."""
     (rows, L, channels), N, groups = x.shape, A.shape[1], B.shape[2]
     tasks, width = _tasks(rows, channels, groups)
-    inline = rows * L * channels * N < 500_000
+    inline = rows * L * channels * N < 100_000
     workers = common.workers(tasks, inline)
 
     empty = common.empty

@@ -522,7 +522,7 @@ def forward(
     common.run(
         _forward, rows * H, *_memory(x), f(dt), f(A), *_memory(B), *_memory(C), _or(f(D), _NONE2).reshape(-1),
         _or(f(state), _NONE4), _NO_MARKS if marks is None else marks.contiguous().numpy(), chunk, P, N, G, keep,
-        common.words(y), last.numpy(), boundaries.numpy(), inline=rows * L * H * P * N < 8_000_000,
+        common.words(y), last.numpy(), boundaries.numpy(), inline=rows * L * H * P * N < 500_000,
     )  # fmt: skip
     return y.to(x.dtype), last, boundaries
 
@@ -533,7 +533,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, state, in the dtypes of the inputs; empty for absent inputs."""
     (rows, L, H, P), (G, N) = x.shape, B.shape[2:]
-    inline = rows * L * H * P * N < 3_000_000
+    inline = rows * L * H * P * N < 500_000
     workers = common.workers(rows * H, inline)
     empty = common.empty
     dx, ddt, dA, dD, dstate = (
@@ -571,6 +571,6 @@ def step(
     common.run(
         _step, rows * H, common.words(x.to(torch.float32)), f(dt), f(A), common.words(B), common.words(C),
         _or(f(D), _NONE2).reshape(-1), _or(f(state), _NONE4).reshape(-1), P, N, G, common.words(y), common.words(new),
-        inline=rows * H * P * N < 1_000_000,
+        inline=rows * H * P * N < 500_000,
     )  # fmt: skip
     return y, new
