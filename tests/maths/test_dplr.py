@@ -62,9 +62,7 @@ def test_closed_forms():
         assert_agree(got_B, torch.from_numpy(B[init]), f"B of {init}")
 
 
-@pytest.mark.parametrize(
-    ("n", "largest"), [(8, 19.857), (16, 80.966), (32, 325.43), (64, 1303.27), (128, 5214.7)]
-)
+@pytest.mark.parametrize(("n", "largest"), [(8, 19.857), (16, 80.966), (32, 325.43), (64, 1303.27), (128, 5214.7)])
 def test_known_eigenvalues_of_legs(n, largest):
     Lambda = diagonal_plus_low_rank("legs", n).Lambda
     assert torch.allclose(Lambda.real, torch.tensor(-0.5, dtype=torch.float64), rtol=1e-10)

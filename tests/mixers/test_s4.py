@@ -1,4 +1,4 @@
-"""S4 and the two-sided mixers against dense systems, explicit sums, the authors' parametrisation and published sizes."""
+"""S4 and the two-sided mixers against dense systems, explicit sums, the authors' weights and published sizes."""
 
 from __future__ import annotations
 
@@ -175,7 +175,9 @@ def authors_kernel(weights: dict[str, Tensor], length: int) -> Tensor:
     omega = torch.exp(-2j * torch.pi * torch.arange(length, dtype=F64) / length)
     # Odd lengths never reach omega = -1.
     z = (2 * (1 - omega) / (1 + omega)).view(-1, 1, 1, 1)
-    resolvent = torch.linalg.solve(z * torch.eye(A.shape[-1]) - dt * A, (dt.squeeze(-1) * B[0].repeat(copies, 1)).unsqueeze(-1))
+    resolvent = torch.linalg.solve(
+        z * torch.eye(A.shape[-1]) - dt * A, (dt.squeeze(-1) * B[0].repeat(copies, 1)).unsqueeze(-1)
+    )
     values = torch.einsum("chn,lhn->chl", C, resolvent.squeeze(-1)) * 2 / (1 + omega)
     return torch.fft.ifft(values, n=length).real
 
@@ -229,7 +231,7 @@ def test_weights_of_another_block_are_refused():
         load_s4_block(m, weights | {"layer.kernel.l_kernel": torch.tensor(-1)})
 
 
-# ---- types and errors -------------------------------------------------------------------------------------------------
+# ---- types and errors ------------------------------------------------------------------------------------------------
 
 
 def test_capabilities_and_meta_device():

@@ -116,9 +116,7 @@ def test_gradients_of_the_kernel(algorithm, monkeypatch):
     monkeypatch.setattr(kernels, "_NUMBERS", 1)  # every channel a block of its own
     for variant in cases.VARIANTS:
         inputs = [sample(variant, size=(3, 2))[k].requires_grad_() for k in "wpbc"]
-        torch.autograd.gradcheck(
-            lambda *t: ops.dplr_kernel(*t, 9, algorithm=algorithm), inputs, fast_mode=True
-        )
+        torch.autograd.gradcheck(lambda *t: ops.dplr_kernel(*t, 9, algorithm=algorithm), inputs, fast_mode=True)
 
 
 # ---- the Cauchy product ---------------------------------------------------------------------------------------------
@@ -127,9 +125,7 @@ def test_gradients_of_the_kernel(algorithm, monkeypatch):
 def plainly(v: Tensor, w: Tensor, length: int) -> Tensor:
     theta = torch.pi * torch.arange(length // 2 + 1, dtype=F64) / length
     node, cos = 2j * torch.sin(theta), torch.cos(theta)
-    return sum(
-        (a.unsqueeze(-1) / (node - cos * b.unsqueeze(-1))).sum(-2) for a, b in ((v, w), (v.conj(), w.conj()))
-    )
+    return sum((a.unsqueeze(-1) / (node - cos * b.unsqueeze(-1))).sum(-2) for a, b in ((v, w), (v.conj(), w.conj())))
 
 
 @pytest.mark.parametrize("backend", ["numba", "reference"])
@@ -165,7 +161,9 @@ def test_cauchy_kernels_are_operators():
 
 
 @pytest.mark.triton
-@pytest.mark.skipif(not _backend.interpreted(), reason="the Triton kernels without a GPU: TRITON_INTERPRET=1 is not set")
+@pytest.mark.skipif(
+    not _backend.interpreted(), reason="the Triton kernels without a GPU: TRITON_INTERPRET=1 is not set"
+)
 @pytest.mark.parametrize(("products", "modes", "length"), [(1, 1, 1), (4, 3, 12), (9, 2, 150)])
 def test_cauchy_on_triton(products, modes, length):
     w = torch.complex(-torch.rand(2, modes, dtype=F64) - 1e-3, torch.randn(2, modes, dtype=F64))
@@ -183,7 +181,7 @@ def test_cauchy_on_triton(products, modes, length):
 # ---- memory and errors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, error, message", [
+@pytest.mark.parametrize(("change", "error", "message"), [
     ({"w": torch.zeros(5, 3, dtype=torch.complex64)}, ValueError, "p: want shape"),
     ({"p": torch.zeros(5, 4, dtype=torch.complex64)}, ValueError, r"p: want shape \(R, D, N\)"),
     ({"b": torch.zeros(5, 4)}, TypeError, "b: want a complex tensor"),

@@ -90,7 +90,7 @@ def diagonal_plus_low_rank(init: str, n: int, rank: int | None = None, *, b_clip
     Raises:
         ValueError: an unknown family, an odd size, or a rank below what the family needs.
     """
-    A, B, P = nplr(init, n)
+    _, B, P = nplr(init, n)
     rank = len(P) if rank is None else rank
     if rank < len(P):
         raise ValueError(f"rank: init={init!r} needs {len(P)}, got {rank}")

@@ -14,8 +14,8 @@ from .._backend import resolve
 from .._precision import no_autocast
 from .._register import differentiable, operator
 from .._spec import OpSpec, register
-from ..lti import documents
 from ..lti import diagonal_ssm_apply as dplr_ssm_apply
+from ..lti import documents
 from ..lti.convolution import convolve
 from ..lti.forms import CHUNK
 from . import forms, kernel, reference
@@ -35,7 +35,9 @@ def _check_coefficients(w, p, b, c, sizes: dict[str, int]) -> None:
             continue
         _checks.shape(_OP, name, t, want, sizes)
         if not t.is_complex():
-            raise TypeError(f"{_OP}: {name}: want a complex tensor (modes are halves of conjugate pairs), got {t.dtype}")
+            raise TypeError(
+                f"{_OP}: {name}: want a complex tensor (modes are halves of conjugate pairs), got {t.dtype}"
+            )
 
 
 def dplr_kernel(

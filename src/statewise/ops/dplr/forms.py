@@ -149,7 +149,7 @@ class System:
         return rows.squeeze(2)
 
     def chunk(self, u: Tensor, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """u (B, L, D) from a zero state -> y (B, L, D), last state (D, B, M); `document` as in `lti.forms.in_chunks`."""
+        """u (B, L, D) from a zero state -> y (B, L, D), last state (D, B, M); `document` as in `in_chunks`."""
         size = chunk_size(u.shape[1])
         k = size.bit_length() - 1
         wide = self.kernel(size)[0], self.entered(k).flip(1), self.emitted(k)
