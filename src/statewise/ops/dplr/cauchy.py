@@ -140,6 +140,7 @@ def generating(w: Tensor, p: Tensor, b: Tensor, c_tilde: Tensor, length: int, ba
         w, b: (D, N) and p (R, D, N), complex, as in `ops.dplr_ssm`.
         c_tilde: (K, D, N), complex.
     """
+    w, p, b, c_tilde = (t.to(torch.complex128) for t in (w, p, b, c_tilde))
     K, R = len(c_tilde), len(p)
     left, right = torch.cat([c_tilde, p.conj().resolve_conj()]), torch.cat([b.unsqueeze(0), p])
     r = cauchy(left.unsqueeze(1) * right, w, length, backend=backend)  # (K + R, 1 + R, D, F)

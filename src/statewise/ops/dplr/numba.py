@@ -32,7 +32,7 @@ def _reciprocals(a, x, sin, cos, first, count, e, g):
 
 @common.kernel
 def _forward(start, stop, worker, alpha, beta, a, x, sin, cos, real, imag):
-    (M, D, N), frequencies = alpha.shape, len(sin)
+    M, N, frequencies = alpha.shape[0], alpha.shape[2], len(sin)
     e, g = np.empty((_MODES, _BLOCK)), np.empty((_MODES, _BLOCK))
     sums = np.empty((M, 4, _BLOCK))
     for d in range(start, stop):
@@ -84,7 +84,7 @@ def _poles(e, g, de, dg, sin, cos, first, count):
 
 @common.kernel
 def _backward(start, stop, worker, d_real, d_imag, alpha, beta, a, x, sin, cos, d_alpha, d_beta, d_a, d_x):
-    (M, D, N), frequencies = alpha.shape, len(sin)
+    M, N, frequencies = alpha.shape[0], alpha.shape[2], len(sin)
     e, g, de, dg = np.empty(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK), np.empty(_BLOCK)
     scaled = np.empty((M, 4, _BLOCK))
     for d in range(start, stop):
