@@ -154,6 +154,8 @@ def test_the_table_fills_in_what_is_not_said():
     assert again["training"] == tables.training("listops", "s5", "small")
     after = _options("lra.text").parse(["--model", "s4", "--profile", "full", "--pretrain", "masked"])["training"]
     assert (after.lr, after.final_lr, after.dynamics_lr) == (5e-4, 1.0, 1.0)
+    told = {"groups": {"B": {"lr": 0.5, "weight_decay": 0.0}}}
+    assert _options("lra.listops").parse([], {"model": "s5", **told})["training"].groups == told["groups"]
     # A file says what the table would, then the command line has the last word.
     values = _options("lra.listops").parse(["--lr", "0.5"], {"profile": "full", "lr": 0.25, "warmup": 3})
     assert (values["training"].lr, values["training"].warmup, values["training"].steps) == (0.5, 3, 120_000)
