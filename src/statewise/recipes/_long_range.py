@@ -130,7 +130,7 @@ def _full_config(task: str, family: str) -> dict[str, Any]:
         return published.config(family, like)
     # Ours: the width and depth of S4, with the norm of language models.
     base = published.config("s4", like)
-    kept = {name: base[name] for name in ("d_model", "n_layer", "dropout", "head") if name in base}
+    kept: dict[str, Any] = {name: base[name] for name in ("d_model", "n_layer", "dropout", "head") if name in base}
     return {**kept, "mixer": family, "norm": "rms"}
 
 
