@@ -27,6 +27,14 @@ def _steady():
     assert torch.get_num_threads() == THREADS, "the test left the number of threads changed"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Matrices that are kept on disk go to a folder of this run, not to the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STATEWISE_PTD", str(tmp_path_factory.getbasetemp() / "ptd"))
+        yield
+
+
 @pytest.fixture
 def split_small(monkeypatch):
     """Kernels spread even tiny work over threads."""

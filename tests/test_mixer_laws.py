@@ -45,9 +45,14 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "rglru": [{}, {"d_rnn": 12, "n_blocks": 3, "d_conv": 1, "a_range": (0.5, 0.9)}],
     "s4": [{"d_state": 4}, {"d_state": 4, "init": "legt", "n_ssm": 2, "dt_transform": "softplus", "dt_max": 1.0}],
-    "bidirectional_s4": [{"d_state": 4}, {"d_state": 4, "init": "fout", "n_ssm": 1, "activation": "none", "glu": False}],
+    "bidirectional_s4": [
+        {"d_state": 4},
+        {"d_state": 4, "init": "fout", "n_ssm": 1, "activation": "none", "glu": False},
+    ],
     "bidirectional_s4d": [{"d_state": 4}, {"d_state": 4, "init": "lin", "n_ssm": 2, "train_b": True}],
     "s4d": [{"d_state": 4}, {"d_state": 4, "init": "lin", "discretization": "bilinear", "n_ssm": 2, "train_b": True}],
+    "s4ptd": [{"d_state": 4}, {"d_state": 8, "gamma": 100.0, "discretization": "bilinear", "n_ssm": 1}],
+    "s5ptd": [{"d_state": 4}, {"d_state": 8, "blocks": 2, "gamma": 50.0, "seed": 1, "clip_eigs": True}],
     "s5": [{"d_state": 4}, {"d_state": 8, "blocks": 2, "discretization": "bilinear", "activation": "full_glu"}],
     "bidirectional_s5": [{"d_state": 4}, {"d_state": 4, "activation": "gelu", "c_init": "complex_normal"}],
     "parallel": [

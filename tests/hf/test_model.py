@@ -226,6 +226,7 @@ def test_configuration():
     ("make", "message"),
     [
         (lambda: StatewiseConfig("langauge"), "unknown architecture 'langauge'; did you mean 'language'"),
+        (lambda: StatewiseConfig("sequence_classifier"), "is no language model; load it with statewise.load"),
         (lambda: StatewiseConfig(options={"d_modle": 3}), "unknown option of language 'd_modle'"),
         (lambda: StatewiseConfig(vocab_size=3, d_model=4, n_layers=1), "unknown option of language 'n_layers'"),
         (lambda: StatewiseConfig(options=[1]), "options: want a dict"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import mpmath
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from statewise.maths import discretize as d
 from statewise.testing import assert_agree
 
-RULES = ("zoh", "bilinear", "euler", "dirac")
+RULES = tuple(d.DISCRETIZATIONS)
 
 
 def modes(count: int = 12) -> torch.Tensor:
@@ -21,7 +24,7 @@ def modes(count: int = 12) -> torch.Tensor:
     return torch.complex(real, imag)
 
 
-@pytest.mark.parametrize("rule", ["zoh", "bilinear", "euler"])
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "euler", "backward_euler"])
 @pytest.mark.parametrize("dt", [1e-3, 0.1, 1.0])
 def test_against_scipy(rule, dt):
     A = modes()
@@ -34,7 +37,9 @@ def test_against_scipy(rule, dt):
             np.eye(2),
             np.zeros((2, 1)),
         )
-        a_bar, b_bar, *_ = scipy.signal.cont2discrete(continuous, dt, method=rule)
+        a_bar, b_bar, *_ = scipy.signal.cont2discrete(
+            continuous, dt, method="backward_diff" if rule == "backward_euler" else rule
+        )
         got = torch.stack([torch.view_as_real(torch.exp(log_a[i])), torch.view_as_real(b[i])])
         assert_agree(got[0], torch.from_numpy(a_bar[:, 0]), f"A_bar of {z}")
         assert_agree(got[1], torch.from_numpy(b_bar[:, 0]), f"B_bar of {z}")
@@ -48,10 +53,12 @@ def exact(rule: str, z: complex) -> tuple[complex, complex]:
             return complex(z), complex(mpmath.expm1(z) / z)
         if rule == "bilinear":
             return complex(mpmath.log((1 + z / 2) / (1 - z / 2))), complex(1 / (1 - z / 2))
+        if rule == "backward_euler":
+            return complex(-mpmath.log(1 - z)), complex(1 / (1 - z))
         return complex(mpmath.log(1 + z)), 1.0
 
 
-@pytest.mark.parametrize("rule", ["zoh", "bilinear", "euler"])
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "euler", "backward_euler"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1e-3, 0.1, 0.499, 0.501, 1.7])
 def test_no_digits_are_lost_near_zero(rule, dtype, size):
@@ -155,6 +162,49 @@ def test_asynchronous_events():
     assert torch.equal(b, one[1])
     log_a, _ = d.asynchronous(A, dt, B, elapsed=torch.tensor(2.5, dtype=torch.float64))
     assert_agree(log_a, 2.5 * dt * A, "log A_bar")
+
+
+ORDERS = {"zoh": 1, "bilinear": 2, "euler": 1, "backward_euler": 1}
+
+
+@pytest.mark.parametrize(("rule", "order"), ORDERS.items())
+def test_order_of_convergence(rule, order):
+    """The state after one unit of time, driven by a smooth input that is sampled at the end of each step."""
+    A = torch.tensor([complex(-0.5, 3.0), complex(-1.0, 0.0), complex(0.0, 2.0)], dtype=torch.complex128)
+
+    def state(steps: int) -> torch.Tensor:
+        # bilinear is the trapezoidal rule, which wants the mean of both ends; the others take one end.
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        u = torch.sin(3 * t) + 1
+        u = (u[1:] + u[:-1]) / 2 if rule == "bilinear" else u[:-1] if rule == "euler" else u[1:]
+        log_a, b = d.discretize(rule, A, torch.tensor(1 / steps, dtype=torch.float64))
+        return (torch.exp(torch.arange(steps - 1, -1, -1)[:, None] * log_a) * b * u[:, None]).sum(0)
+
+    # exact: the integral of exp((1 - t) A) (sin(3t) + 1), with sin as two exponentials
+    def ramp(w: torch.Tensor) -> torch.Tensor:
+        return (torch.exp(w) - torch.exp(A)) / (w - A)
+
+    w = torch.tensor(3j, dtype=torch.complex128)
+    want = (ramp(w) - ramp(-w)) / 2j + d.phi1(A)
+    errors = [(state(steps) - want).abs().max().item() for steps in (100, 200, 400)]
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_generalised_bilinear(alpha):
+    A, dt = modes(), torch.tensor(0.2, dtype=torch.float64)
+    log_a, b = d.gbt(A, dt, alpha=alpha)
+    assert_agree(torch.exp(log_a), (1 + (1 - alpha) * dt * A) / (1 - alpha * dt * A), "A_bar")
+    assert_agree(b, dt / (1 - alpha * dt * A), "B_bar")
+    if alpha >= 0.5:
+        assert (log_a.real < 0).all()
+        assert (d.gbt(A, 1e4 * dt, alpha=alpha)[0].real < 0).all()
+    name = {0.0: "euler", 0.5: "bilinear", 1.0: "backward_euler"}.get(alpha)
+    if name:
+        assert all(torch.equal(x, y) for x, y in zip((log_a, b), d.discretize(name, A, dt)))
+    with pytest.raises(ValueError, match="alpha: want a number in"):
+        d.gbt(A, dt, alpha=1.5)
 
 
 def test_unknown_rule():

@@ -1,6 +1,8 @@
-"""HiPPO-LegS against its closed form, and its eigen-decomposition against what it must rebuild."""
+"""HiPPO matrices against closed forms of their kernels, and the eigen-decomposition against what it must rebuild."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
@@ -87,3 +89,96 @@ def test_blocks_that_do_not_fit(n, blocks):
 def test_sizes_that_do_not_fit(n):
     with pytest.raises(ValueError, match="n:"):
         hippo.legs_diagonal(n)
+
+
+def kernels(A: torch.Tensor, B: torch.Tensor, lags: np.ndarray) -> np.ndarray:
+    """exp(s A) B for each lag: (S, N)."""
+    return np.stack([scipy.linalg.expm(s * A.numpy()) @ B.numpy() for s in lags])
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.0, 1.0), (0.5, 0.3), (-0.4, 0.01)])
+def test_lagt_kernels_are_laguerre_functions(alpha, beta):
+    n, lags = 8, np.array([0.0, 0.3, 1.0, 4.0])
+    k = np.arange(n)
+    norm = np.exp(0.5 * (scipy.special.gammaln(k + 1) - scipy.special.gammaln(k + alpha + 1)))
+    want = norm * scipy.special.eval_genlaguerre(k, alpha, lags[:, None]) * np.exp(-(1 + beta) / 2 * lags[:, None])
+    got = kernels(*hippo.lagt(n, alpha, beta), lags)
+    assert_agree(torch.from_numpy(got), torch.from_numpy(want), "LagT kernels", n)
+
+
+def windowed(family: str, lags: np.ndarray, n: int, window: float) -> np.ndarray:
+    """What the kernels of LegT and FouT tend to on their window: p_k(s) / window."""
+    k = np.arange(n)
+    if family == "legt":
+        return np.sqrt(2 * k + 1) * scipy.special.eval_legendre(k, 1 - 2 * lags[:, None] / window) / window
+    angle = 2 * np.pi * (k // 2) * lags[:, None] / window
+    want = math.sqrt(2) * np.where(k % 2, np.sin(angle), np.cos(angle))
+    want[:, 0] = 1
+    return want / window
+
+
+# How far off they are at N = 128, for the first eight, in (0.2, 1.8) of a window of 2, is known: ripples.
+@pytest.mark.parametrize(("family", "inside"), [("legt", 0.05), ("fout", 0.02)])
+@pytest.mark.parametrize("window", [2.0, 1.0])
+def test_kernels_of_a_window(family, inside, window):
+    A, B = getattr(hippo, family)(128, window)
+    lags = np.linspace(0.2, 1.8, 9) * window / 2
+    ripple = np.abs(kernels(A, B, lags)[:, :8] - windowed(family, lags, 8, window)).max() * window / 2
+    assert ripple < inside
+    after = np.abs(kernels(A, B, np.linspace(2.2, 3.0, 5) * window / 2)[:, :8]).max() * window / 2
+    assert after < 0.02
+
+
+def test_a_shorter_window_is_a_faster_system():
+    for family in (hippo.legt, hippo.fout, hippo.lmu):
+        (A, B), (fast, faster) = family(8, 2.0), family(8, 0.5)
+        assert_agree(fast, 4 * A, "A")
+        assert_agree(faster, 4 * B, "B")
+        with pytest.raises(ValueError, match="window: want a positive"):
+            family(8, 0.0)
+
+
+def test_lmu_is_the_published_matrix():
+    A, B = hippo.lmu(6, 1.0)
+    for i in range(6):
+        assert B[i] == pytest.approx((-1) ** i * (2 * i + 1), rel=1e-14)
+        for k in range(6):
+            assert A[i, k] == pytest.approx((2 * i + 1) * (-1 if i < k else (-1) ** (i - k + 1)), rel=1e-14)
+
+
+RANKS = {"legs": 1, "legt": 2, "lagt": 1, "fout": 1, "fourier_decay": 1, "legsd": 0, "foud": 0}
+
+
+@pytest.mark.parametrize(("family", "rank"), RANKS.items())
+def test_normal_plus_low_rank(family, rank):
+    n = 12
+    A, _ = hippo.system(family, n)
+    P = hippo.low_rank(family, n)
+    assert P.shape == (rank, n)
+    S = A + P.T @ P
+    S = S - torch.diagonal(S).mean() * torch.eye(n, dtype=S.dtype)
+    assert_agree(S.T, -S, "skew-symmetric", n)
+
+
+def test_every_family_has_a_rank_or_says_that_it_has_none():
+    assert {*RANKS, "lmu"} == set(hippo.FAMILIES)
+    with pytest.raises(ValueError, match="'lmu' is no normal matrix"):
+        hippo.low_rank("lmu", 4)
+    with pytest.raises(ValueError, match="did you mean"):
+        hippo.system("legz", 4)
+
+
+def test_fourier_frequencies():
+    lam = torch.linalg.eigvals(hippo.foud(8)[0])
+    assert_agree(lam.imag.sort().values, 2 * math.pi * torch.tensor([-3, -2, -1, 0, 0, 1, 2, 3], dtype=lam.real.dtype),
+                 "foud", 8)  # fmt: skip
+    assert_agree(lam.real, torch.full_like(lam.real, -0.5), "decay")
+    for family in (hippo.fout, hippo.foud, hippo.fourier_decay):
+        with pytest.raises(ValueError, match="even state size, got 7"):
+            family(7)
+
+
+@pytest.mark.parametrize("options", [{"alpha": -1.0}, {"beta": -0.1}, {"beta": math.inf}])
+def test_lagt_out_of_range(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        hippo.lagt(4, **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from statewise.maths import hippo
+from statewise.maths import hippo, ptd
 from statewise.maths import initialisers as I
 from statewise.testing import assert_agree
 
@@ -71,10 +71,27 @@ def test_random_ones_differ_between_copies_and_follow_the_generator():
 
 @pytest.mark.parametrize("init", I.DIAGONAL_INITS)
 def test_all_are_stable_and_above_the_real_axis(init):
-    A, B = I.diagonal_init(init, 2, 64)
-    assert A.shape == B.shape == (2, 32)
+    A, B = I.diagonal_init(init, 2, 32)
+    assert A.shape == B.shape == (2, 16)
     assert (A.real < 0).all()
     assert (A.imag >= 0).all()
+
+
+def test_ptd_is_the_perturbed_system():
+    A, B = I.diagonal_init({"name": "ptd", "gamma": 100.0}, 2, 8)
+    found = ptd.perturb(8, 100.0)
+    assert torch.equal(A[0], found.Lambda.conj().resolve_conj())
+    assert_agree(2 * (found.V.conj() @ B[1]).real, hippo.legs(8)[1], "B back in the original basis", 1 << 20)
+
+
+@pytest.mark.parametrize("init", I.BLOCK_INITS)
+def test_blocks_rebuild_a_real_matrix(init):
+    Lambda, V, V_inv = I.block_init(init, 16, 2)
+    assert Lambda.shape == (8,)
+    assert V.shape == (16, 8)
+    want = {"legs": hippo.legs_normal(8), "ptd": hippo.legs(8)[0] + ptd.perturb(8).E}[init]
+    rebuilt = 2 * (V * Lambda @ V_inv).real
+    assert_agree(rebuilt, torch.block_diag(want, want), "2 Re(V Lambda V_inv)", 1 << 20)
 
 
 def test_errors():

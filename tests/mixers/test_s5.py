@@ -156,6 +156,53 @@ def test_irregular_steps_of_one_are_regular(rule):
     assert_agree(state, want_state, "state", 20)
 
 
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "dirac", "async"])
+def test_irregular_steps_are_the_recurrence_with_a_step_for_each_token(rule):
+    m = bare(2, d_state=8, discretization=rule, step_rescale=1.5)
+    x, elapsed = torch.randn(2, 15, 2, dtype=F64), 3 * torch.rand(2, 15, dtype=F64)
+    elapsed[0, 4] = 0.0
+    Lambda = m.Lambda_re.detach().numpy() + 1j * m.Lambda_im.detach().numpy()
+    dt, B, C = 1.5 * np.exp(m.log_step.detach().numpy()), as_complex(m.B), as_complex(m.C)
+    want = np.zeros((2, 15, 2))
+    for row in range(2):
+        h = np.zeros(4, complex)
+        for t in range(15):
+            since = elapsed[row, t].item() * dt
+            z = Lambda * since
+            held = (np.exp(Lambda * (dt if rule == "async" else since)) - 1) / Lambda
+            a, gain = {
+                "bilinear": lambda z=z, s=since: ((1 + z / 2) / (1 - z / 2), s / (1 - z / 2)),
+                "dirac": lambda z=z: (np.exp(z), np.ones(4)),
+            }.get(rule, lambda z=z, g=held: (np.exp(z), g))()
+            u = x[row, t].numpy()
+            h = a * h + gain * (B @ u)
+            want[row, t] = 2 * (C @ h).real + m.D.detach().numpy() * u
+    y, state = m.extend_irregular(x, elapsed)
+    assert_agree(y, torch.from_numpy(want), "y", 15)
+    # Cut in two, it is the same; and elapsed has a gradient.
+    first, half = m.extend_irregular(x[:, :6], elapsed[:, :6])
+    second, end = m.extend_irregular(x[:, 6:], elapsed[:, 6:], half)
+    assert_agree(torch.cat([first, second], 1), y, "in two parts", 15)
+    assert_agree(end, state, "state", 15)
+    times = elapsed[:1, :4].clone().requires_grad_()
+    torch.autograd.gradcheck(lambda t: m.extend_irregular(x[:1, :4], t)[0], times)
+
+
+def test_irregular_samples_of_one_signal_agree():
+    # A smooth signal read at random times: the finer the times, the closer to the same signal read regularly.
+    def error(steps: int) -> float:
+        torch.manual_seed(4)
+        m = bare(2, d_state=8, dt_min=1.0, dt_max=1.0)  # elapsed is in units of time
+        gaps = torch.rand(1, steps, dtype=F64) + 0.5
+        gaps = 6 * gaps / gaps.sum()
+        read = lambda t: torch.stack([torch.sin(t), torch.cos(2 * t)], -1)  # noqa: E731
+        regular = torch.full((1, 20_000), 6 / 20_000, dtype=F64)
+        ends = [m.extend_irregular(read(g.cumsum(1)), g)[1] for g in (gaps, regular)]
+        return ((ends[0] - ends[1]).abs().max() / ends[1].abs().max()).item()
+
+    assert error(1600) < 0.6 * error(800) < 0.6 * 0.6 * error(400)
+
+
 def test_a_long_step_is_many_short_ones():
     # Held input: one step of three units is exactly three steps of one with the same value.
     m = bare(3, d_state=8)
@@ -228,6 +275,46 @@ def test_directions():
     swapped = S5(3, d_state=8, activation="none").double()
     swapped.load_state_dict({**{k: v for k, v in m.state_dict().items() if k[0] != "C"}, "C": m.C2.data})
     assert_agree(backward, swapped(x.flip(1)).flip(1)[0], "backward")
+
+
+@pytest.mark.parametrize("rule", ["zoh", "bilinear", "dirac", "async"])
+def test_both_directions_at_irregular_times(rule):
+    m = BidirectionalS5(2, d_state=8, discretization=rule, activation="none").double()
+    x, elapsed = torch.randn(2, 11, 2, dtype=F64), 2 * torch.rand(2, 11, dtype=F64)
+    assert_agree(m.forward_irregular(x, torch.ones_like(elapsed)), m(x), "steps of one", 11)
+    # One term for each pair of tokens: the gaps between them, whichever comes first; entered with its own gap.
+    _, gain = m._steps(elapsed)
+    into = gain * torch.einsum("pd,bld->blp", torch.view_as_complex(m.B), x + 0j)
+    decay = {"bilinear": m._steps(elapsed)[0]}.get(rule, torch.complex(m.Lambda_re, m.Lambda_im) * m.log_step.exp()
+                                                   * elapsed[..., None])  # fmt: skip
+    total = decay.cumsum(1)
+    between = total[:, :, None] - total[:, None]  # (B, t, s, P): from s to t
+    forth = torch.where(torch.ones(11, 11).tril().bool()[..., None], between, -torch.inf).exp()
+    back = torch.where(torch.ones(11, 11).triu().bool()[..., None], -between, -torch.inf).exp()
+    C1, C2 = torch.view_as_complex(m.C1), torch.view_as_complex(m.C2)
+    want = (
+        2 * (torch.einsum("btsp,bsp,dp->btd", forth, into, C1) + torch.einsum("btsp,bsp,dp->btd", back, into, C2)).real
+    )
+    assert_agree(m.forward_irregular(x, elapsed), want + m.D * x, "pairs of tokens", 11)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_both_directions_at_irregular_times_with_padding(side):
+    m = BidirectionalS5(3, d_state=8).double()
+    valid = torch.ones(1, 9, dtype=torch.bool)
+    valid[0, {"left": slice(0, 3), "right": slice(6, 9), "middle": slice(4, 7)}[side]] = False
+    x, elapsed = torch.randn(1, 6, 3, dtype=F64), torch.rand(1, 6, dtype=F64)
+    wide, gaps = torch.full((1, 9, 3), torch.nan, dtype=F64), torch.full((1, 9), torch.nan, dtype=F64)
+    wide[valid], gaps[valid] = x[0], elapsed[0]
+    y = m.forward_irregular(wide, gaps, Segments.from_valid(valid))
+    assert_agree(y[valid], m.forward_irregular(x, elapsed)[0], "valid", 9)
+    assert (y[~valid] == 0).all()
+    # Two documents in a row do not see each other.
+    seg = Segments.pack([[2, 4]])
+    parts = [m.forward_irregular(x[:, a:b], elapsed[:, a:b]) for a, b in ((0, 2), (2, 6))]
+    assert_agree(m.forward_irregular(x, elapsed, seg), torch.cat(parts, 1), "packed", 6)
+    with pytest.raises(ValueError, match=r"BidirectionalS5: elapsed: want \(B, L\)"):
+        m.forward_irregular(x, elapsed[:, :3])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

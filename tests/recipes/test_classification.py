@@ -10,6 +10,7 @@ from statewise.cli.run import _options
 from statewise.data.classify import ClassifyData
 from statewise.models.classification import SequenceClassifier
 from statewise.recipes import _long_range as tables
+from statewise.recipes.classification import _causal
 from statewise.tasks import Classification
 from statewise.testing import toys
 from statewise.training.directory import RunDirectory, read_metrics
@@ -92,7 +93,9 @@ def test_a_phase_before_the_labels(name, pretrain, tmp_path):
     # The weights were handed over: a run that starts from others has another first loss.
     _, _, _, scratch, _ = _run(name, tmp_path / "scratch")
     assert rows[0]["loss"] != scratch[0]["loss"]
-    assert made.before.recipe.training.lr == tables.setting("listops", "s4d", "small").pretrain_lr
+    first = made.before.recipe.training
+    assert first.lr == tables.pretrain_lr("listops", "s4d", "small")
+    assert first.lr * first.dynamics_lr == pytest.approx(SHORT.lr * SHORT.dynamics_lr)
 
 
 def test_both_phases_can_be_resumed(tmp_path):
@@ -143,29 +146,35 @@ def test_sixteen_rows_are_learned_by_heart(tmp_path):
 def test_the_table_fills_in_what_is_not_said():
     s5 = _options("lra.listops").parse(["--model", "s5", "--profile", "full"])["training"]
     assert (s5.batch_size, s5.steps, s5.lr) == (50, 76_800, pytest.approx(3e-3))
-    assert s5.special == {"B": {"lr": 1.0, "weight_decay": 0.04}}
+    assert s5.groups == {"B": {"lr": 1.0, "weight_decay": 0.04}}
     s4d = _options("lra.listops").parse(["--profile", "full", "--steps", "9"])["training"]
     assert (s4d.batch_size, s4d.steps, s4d.warmup, s4d.lr) == (32, 9, 12_000, 0.01)
     assert s4d.lr * s4d.dynamics_lr == pytest.approx(1e-3)
     again = _options("lra.listops").parse([], recipes.get("lra.listops")(model="s5", d_model=8, n_layer=1).config())
-    assert again["training"] == tables.setting("listops", "s5", "small").training
+    assert again["training"] == tables.training("listops", "s5", "small")
+    after = _options("lra.text").parse(["--model", "s4", "--profile", "full", "--pretrain", "masked"])["training"]
+    assert (after.lr, after.final_lr, after.dynamics_lr) == (5e-4, 1.0, 1.0)
+    told = {"groups": {"B": {"lr": 0.5, "weight_decay": 0.0}}}
+    assert _options("lra.listops").parse([], {"model": "s5", **told})["training"].groups == told["groups"]
     # A file says what the table would, then the command line has the last word.
     values = _options("lra.listops").parse(["--lr", "0.5"], {"profile": "full", "lr": 0.25, "warmup": 3})
     assert (values["training"].lr, values["training"].warmup, values["training"].steps) == (0.5, 3, 120_000)
     # The same function from Python.
     made = recipes.get("lra.listops")(model="s5", d_model=8, n_layer=1)
-    assert made.training == tables.setting("listops", "s5", "small").training
+    assert made.training == tables.training("listops", "s5", "small")
     assert made.config()["lr"] == made.training.lr
 
 
 @pytest.mark.parametrize("task", tables.SAMPLES)
 @pytest.mark.parametrize("profile", ["small", "full"])
-def test_every_row_of_the_tables_makes_a_model(task, profile):
+@pytest.mark.parametrize("pretrain", ["none", "causal"])
+def test_every_row_of_the_tables_makes_a_model(task, profile, pretrain):
     for family in tables.FAMILIES:
-        row = tables.setting(task, family, profile)
+        config = tables.config(task, family, profile)
+        mixer = config["mixer"] if pretrain == "none" else _causal(config["mixer"])
         with torch.device("meta"):
-            model = SequenceClassifier(**row.config, n_outputs=2, channels=1)
-        for name, told in row.training.special.items():
+            model = SequenceClassifier(**{**config, "mixer": mixer}, n_outputs=2, channels=1)
+        for name, told in tables.training(task, family, profile, pretrain).groups.items():
             assert told
             assert any(name in p.split(".") for p, _ in model.named_parameters()), (family, name)
 

@@ -35,6 +35,7 @@ def test_ways_to_name_a_model():
     [
         ("mambo", "unknown model 'mambo'; did you mean 'mamba'"),
         ("s4d,atention", "did you mean 'attention'"),
+        ("s5-listops", "unknown model 's5-listops'"),
         ("bidirectional", "causal"),
     ],
 )
@@ -76,7 +77,7 @@ def test_a_run_leaves_all_its_files(finished):
     names = {p.name for p in run.path.iterdir()}
     assert names == {
         *("config.yaml", "config.json", "metrics.csv", "checkpoints", "model.safetensors"),
-        *("results.json", "curve.png", "README.md"),
+        *("results.json", "machine.json", "curve.png", "README.md", "report.html"),
     }
     results = json.loads(run.results.read_text())
     assert f"{results['bits_per_byte']:.3f}" in run.card.read_text()

@@ -76,7 +76,7 @@ def test_the_loss_goes_down_and_every_option_matters(tmp_path):
     _, rows, weights, _ = _fit(tmp_path / "base", Training(**base))
     assert rows[29]["loss"] < 0.7 * rows[0]["loss"]
     changes = {"ema": 0.9, "seed": 1, "weight_decay": 5.0, "clip": 0.01, "dynamics_lr": 0.1}
-    changes |= {"beta2": 0.5, "final_lr": 1.0, "special": {"A_log": {"lr": 0.1}}}
+    changes |= {"beta2": 0.5, "final_lr": 1.0, "groups": {"A_log": {"lr": 0.1}}}
     for name, value in changes.items():
         _, _, other, _ = _fit(tmp_path / name, Training(**base, **{name: value}))
         assert any(not torch.equal(weights[n], other[n]) for n in weights), name

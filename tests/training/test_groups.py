@@ -58,9 +58,9 @@ def test_what_each_mixer_declares_exists_and_does_not_decay(name):
     assert every == {n for n, _ in model.named_parameters()}
 
 
-def test_special_parameters_have_settings_of_their_own():
-    special = {"A": {"lr": 0.1}, "dt_proj": {"lr": 3.0, "weight_decay": 0.2}}
-    made = parameter_groups(Model(), lr=2.0, weight_decay=0.3, dynamics_lr=0.5, special=special)
+def test_named_parameters_have_settings_of_their_own():
+    groups = {"A": {"lr": 0.1}, "dt_proj": {"lr": 3.0, "weight_decay": 0.2}}
+    made = parameter_groups(Model(), lr=2.0, weight_decay=0.3, dynamics_lr=0.5, groups=groups)
     groups = {g["name"]: (g["lr"], g["weight_decay"], len(g["params"])) for g in made}
     assert groups == {
         "weights": (2.0, 0.3, 1),
@@ -68,8 +68,8 @@ def test_special_parameters_have_settings_of_their_own():
         "dynamics: A": (pytest.approx(0.2), 0.0, 1),
         "dynamics: dt_proj": (6.0, 0.2, 2),
     }
-    with pytest.raises(ValueError, match="special: no parameter that is trained is called 'log_dt'"):
-        parameter_groups(Model(), lr=1.0, special={"log_dt": {"lr": 1.0}})
+    with pytest.raises(ValueError, match="groups: no parameter that is trained is called 'log_dt'"):
+        parameter_groups(Model(), lr=1.0, groups={"log_dt": {"lr": 1.0}})
 
 
 def test_schedule():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from itertools import count
 from pathlib import Path
@@ -101,38 +102,54 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Options as config.yaml has them: those of `training` at the top, other groups as mappings."""
     training = asdict(values["training"])
     rest = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in values.items()}
-    return {**{k: v for k, v in rest.items() if k not in ("training", "model")}, **training}
+    flat = {**{k: v for k, v in rest.items() if k != "training"}, **training}
+    return {k: v for k, v in flat.items() if k not in ("model", "seed", "max_minutes")}
 
 
 def _planned(recipe: str, argv: list[str]) -> tuple[Plan, dict[str, Any]]:
     """(plan, options of how it is carried out)."""
     from ..recipes.compare.comparison import check_recipe
-    from ..recipes.compare.plan import TUNING_SEED, Plan, parse_models, parse_rates, parse_seeds
+    from ..recipes.compare.plan import TUNING_SEED, Plan, equal_budget, parse_models, parse_rates, parse_seeds
 
     for flag, instead in (("--model", "--models"), ("--seed", "--seeds"), ("--max-minutes", "--minutes")):
         if any(word.partition("=")[0].replace("_", "-") == flag for word in argv):
             raise UserError(f"{flag}: a comparison has {instead}")
     values = _options(recipe).parse(argv)
-    own = {name: values.pop(name) for name in _OWN}
+    own = {name: values[name] for name in _OWN}
     if own["models"] is None:
         raise UserError("--models: want models with commas between, e.g. --models s4d,mamba2,attention")
     if own["match"] not in (None, "parameters"):
         raise UserError(f"--match: want parameters, got {own['match']!r}")
-    options = _flat(values)
-    options.pop("seed")
+    given = list(argv)
+    for name in _OWN:
+        for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
+            while take(given, flag) is not None:
+                pass
     with user_errors():
         check_recipe(recipe, inspect.signature(recipes.get(recipe)).parameters, own["match"])
+        models = parse_models(own["models"])
         plan = Plan(
             recipe,
-            parse_models(own["models"]),
+            models,
             parse_seeds("3" if own["seeds"] is None else own["seeds"]),
-            options,
+            tuple(given),
+            equal_budget(_all_options(recipe, given, models), next(iter(models))),
             lrs=() if own["lrs"] is None else parse_rates(own["lrs"]),
             tuning_seed=TUNING_SEED if own["tuning_seed"] is None else own["tuning_seed"],
             minutes=own["minutes"],
             match=own["match"],
         )
     return plan, own
+
+
+def _all_options(recipe: str, given: Sequence[str], models: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """label -> options, as the recipe has them for that model."""
+    found = {}
+    for label, spec in models.items():
+        word = spec if isinstance(spec, str) else json.dumps(spec)
+        values = _options(recipe).parse([*given, f"--model={word}"])
+        found[label] = _flat({k: v for k, v in values.items() if k not in _OWN})
+    return found
 
 
 def _new_directory(recipe: str) -> Path:
@@ -144,7 +161,7 @@ def _continued(argv: list[str]) -> tuple[Path, Plan, dict[str, Any]]:
     from dataclasses import replace
 
     from ..recipes.compare.comparison import PLAN
-    from ..recipes.compare.plan import Plan, parse_models, parse_seeds
+    from ..recipes.compare.plan import Plan, equal_budget, parse_models, parse_seeds
 
     rest = list(argv)
     out, jobs, seeds, models = (take(rest, f"--{name}") for name in ("out", "jobs", "seeds", "models"))
@@ -154,14 +171,15 @@ def _continued(argv: list[str]) -> tuple[Path, Plan, dict[str, Any]]:
         raise UserError(f"{rest[0]}: want a recipe too, or with --out alone only --jobs, --seeds and --models")
     with user_errors():
         plan = Plan.read(Path(out) / PLAN)
-        more = replace(
-            plan,
-            seeds=plan.seeds if seeds is None else parse_seeds(seeds),
-            models=plan.models if models is None else parse_models(models),
-        )
+        more = replace(plan, seeds=plan.seeds if seeds is None else parse_seeds(seeds))
+        if models is not None:
+            added = {label: spec for label, spec in parse_models(models).items() if plan.models.get(label) != spec}
+            every = {**plan.options, **_all_options(plan.recipe, plan.given, added)}
+            options = equal_budget(every, next(iter(plan.models)))
+            more = replace(more, models={**plan.models, **added}, options=options)
     if jobs is not None and not jobs.isdigit():
         raise UserError(f"--jobs: want INT, got {jobs!r}")
-    return Path(out), plan.extended(more, Path(out)), {"jobs": None if jobs is None else int(jobs)}
+    return Path(out), more, {"jobs": None if jobs is None else int(jobs)}
 
 
 # ---- the work ------------------------------------------------------------------------------------------------------

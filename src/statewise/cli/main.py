@@ -22,6 +22,8 @@ COMMANDS = {
     "evaluate": ("evaluate", "bits per byte of a text under a trained model, beside baselines"),
     "convert": ("convert", "write a checkpoint in another format: ours, of transformers, of mamba_ssm"),
     "export": ("export", "write a model for other programs: ONNX, PyTorch programs, GGUF for llama.cpp"),
+    "data": ("data", "make and read classification data sets, see what is there, look at it"),
+    "ptd": ("ptd", "find the diagonal form of HiPPO that s4ptd and s5ptd start from, and compare it with HiPPO"),
     "list": ("listing", "models, mixers and recipes"),
     "bench": ("bench", "how fast ops and models are here, side by side with other libraries"),
     "doctor": ("doctor", "what this machine offers, which kernels run on it, and whether they are right"),

@@ -85,10 +85,14 @@ def parsed(recipe: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def build(recipe: str, values: Mapping[str, Any]) -> Any:
     from ..training.fit import check
+    from ..training.groups import parameter_groups
 
     with user_errors():
         check(values["training"])
-        return recipes.get(recipe)(**values)
+        built = recipes.get(recipe)(**values)
+        # Names in `groups` can only be checked against a model; better now than after a directory is made.
+        parameter_groups(built.model, lr=built.training.lr, groups=built.training.groups)
+        return built
 
 
 def _start(named: str | None, argv: list[str]) -> int:

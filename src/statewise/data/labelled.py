@@ -19,7 +19,7 @@ import numpy as np
 from .._files import write_atomically
 
 SPLITS = ("train", "validation", "test")
-_CARD = "card.json"
+CARD = "card.json"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Labelled:
             sums[key] = checksum(path)
         told = {k: v for k, v in _fields(self).items() if k not in SPLITS}
         text = json.dumps({**told, "checksums": sums}, indent=2) + "\n"
-        write_atomically(folder / _CARD, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+        write_atomically(folder / CARD, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: Path, *, verify: bool = False) -> Labelled:
@@ -135,7 +135,7 @@ class Labelled:
         arrays = {}
         for key, expected in sums.items():
             if not isinstance(key, str) or key not in _KEYS:
-                raise ValueError(f"{folder / _CARD}: checksums: {key!r} is no part of a data set")
+                raise ValueError(f"{folder / CARD}: checksums: {key!r} is no part of a data set")
             path = folder / f"{key}.npy"
             if not path.is_file():
                 raise ValueError(f"{folder}: {path.name} is missing; make the data again")
@@ -237,14 +237,14 @@ def _split(arrays: dict[str, np.ndarray], name: str) -> Split:
 
 def _read_card(folder: Path) -> dict[str, Any]:
     try:
-        card = json.loads((folder / _CARD).read_text(encoding="utf-8"))
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no data set here (no {_CARD})") from None
+        raise ValueError(f"{folder}: no data set here (no {CARD})") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / _CARD}: cannot be read: {error}") from error
+        raise ValueError(f"{folder / CARD}: cannot be read: {error}") from error
     wanted = {name for name in Labelled.__dataclass_fields__ if name not in SPLITS} | {"checksums"}
     if not isinstance(card, dict) or set(card) != wanted or not isinstance(card["checksums"], dict):
-        raise ValueError(f"{folder / _CARD}: want exactly {', '.join(sorted(wanted))}")
+        raise ValueError(f"{folder / CARD}: want exactly {', '.join(sorted(wanted))}")
     card["image"] = None if card["image"] is None else tuple(card["image"])
     card["symbols"], card["classes"] = tuple(card["symbols"]), tuple(card["classes"])
     return card

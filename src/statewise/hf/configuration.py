@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from .._names import check_options, unknown
 from ..models._registry import ARCHITECTURES, PRESETS, architecture_class
+from ..models.language import CausalLM
 
 
 def _entry(option: str, doc: str) -> property:
@@ -71,6 +72,8 @@ class StatewiseConfig(PreTrainedConfig):
         if options is not None and not isinstance(options, dict):
             raise TypeError(f"options: want a dict of keyword arguments, got {type(options).__name__}")
         build = architecture_class(architecture)
+        if not issubclass(build, CausalLM):
+            raise ValueError(f"architecture: {architecture!r} is no language model; load it with statewise.load")
         names = [name for name in inspect.signature(build).parameters if name != "self"]
         check_options(architecture, build, options or {})
         given = {**(options or {}), **{name: kwargs.pop(name) for name in names if name in kwargs}}

@@ -1,5 +1,7 @@
 """From continuous time x' = A x + B u to steps x_k = A_bar x_{k-1} + B_bar u_k, for diagonal A.
 
+(`maths.discretize_dense` has the same rules for a full matrix A.)
+
 Each rule takes A (real or complex, units 1 / time), dt (real, > 0, units of time) and B, broadcast against each
 other, and returns `(log_a, b)`: A_bar = exp(log_a) and B_bar = b. The logarithm is what stays accurate when A_bar is
 close to 1 and what powers of A_bar are computed from. Without B, b is the factor that B is to be multiplied by.
@@ -55,28 +57,44 @@ def zoh(A: Tensor, dt: Tensor, B: Tensor | None = None) -> tuple[Tensor, Tensor]
     return z, _times(dt * phi1(z), B)
 
 
+def gbt(A: Tensor, dt: Tensor, B: Tensor | None = None, *, alpha: float) -> tuple[Tensor, Tensor]:
+    """Generalised bilinear: a step of which the share `alpha` in [0, 1] is implicit.
+
+    A_bar = (1 + (1 - alpha) dt A) / (1 - alpha dt A), B_bar = dt / (1 - alpha dt A) B. Second order for alpha = 1/2,
+    else first order; for Re A < 0 stable at every dt if alpha >= 1/2.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: want a number in [0, 1], got {alpha}")
+    z = dt * A
+    gain = dt / (1 - alpha * z)
+    # |1 + (1 - alpha) z|^2 - |1 - alpha z|^2 is written so that the modulus needs no difference of nearly equal
+    # numbers; of the two ways to divide by one of them, the one that takes the logarithm of something above 1 keeps its
+    # digits.
+    if not z.is_complex():
+        slow, fast = -torch.log1p(-z / (1 + (1 - alpha) * z)), torch.log1p(z / (1 - alpha * z))
+        return torch.where(z < 0, slow, fast), _times(gain, B)
+    x, y = z.real, z.imag
+    square = x * x + y * y
+    above, below = (1 + (1 - alpha) * x) ** 2 + ((1 - alpha) * y) ** 2, (1 - alpha * x) ** 2 + (alpha * y) ** 2
+    difference = 2 * x + (1 - 2 * alpha) * square
+    log_modulus = torch.where(difference < 0, -torch.log1p(-difference / above), torch.log1p(difference / below)) / 2
+    angle = torch.atan2(y, 1 + (1 - 2 * alpha) * x - alpha * (1 - alpha) * square)
+    return torch.complex(log_modulus, angle), _times(gain, B)
+
+
 def bilinear(A: Tensor, dt: Tensor, B: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Bilinear (Tustin): A_bar = (1 + dt A / 2) / (1 - dt A / 2), B_bar = dt / (1 - dt A / 2) B."""
-    z = dt * A
-    gain = dt / (1 - z / 2)
-    # With |1 + z/2|^2 - |1 - z/2|^2 = 2 Re z the modulus needs no difference of nearly equal numbers; of the two ways
-    # to divide by one of them, the one that takes the logarithm of something above 1 keeps its digits.
-    if not z.is_complex():
-        return torch.where(z < 0, -torch.log1p(-z / (1 + z / 2)), torch.log1p(z / (1 - z / 2))), _times(gain, B)
-    x, y = z.real, z.imag
-    above, below = (1 + x / 2) ** 2 + y * y / 4, (1 - x / 2) ** 2 + y * y / 4
-    log_modulus = torch.where(x < 0, -torch.log1p(-2 * x / above), torch.log1p(2 * x / below)) / 2
-    return torch.complex(log_modulus, torch.atan2(y, 1 - (x * x + y * y) / 4)), _times(gain, B)
+    return gbt(A, dt, B, alpha=0.5)
 
 
 def euler(A: Tensor, dt: Tensor, B: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Forward Euler: A_bar = 1 + dt A, B_bar = dt B. Stable only for |1 + dt A| <= 1."""
-    z = dt * A
-    if not z.is_complex():
-        return torch.log1p(z), _times(dt * torch.ones_like(z), B)
-    x, y = z.real, z.imag
-    log_modulus = torch.log1p(x * (2 + x) + y * y) / 2
-    return torch.complex(log_modulus, torch.atan2(y, 1 + x)), _times(dt * torch.ones_like(z), B)
+    return gbt(A, dt, B, alpha=0.0)
+
+
+def backward_euler(A: Tensor, dt: Tensor, B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Backward Euler: A_bar = 1 / (1 - dt A), B_bar = dt / (1 - dt A) B."""
+    return gbt(A, dt, B, alpha=1.0)
 
 
 def dirac(A: Tensor, dt: Tensor, B: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -104,12 +122,13 @@ DISCRETIZATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "zoh": zoh,
     "bilinear": bilinear,
     "euler": euler,
+    "backward_euler": backward_euler,
     "dirac": dirac,
 }
 
 
 def discretize(method: str, A: Tensor, dt: Tensor, B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The rule called `method` ("zoh", "bilinear", "euler" or "dirac"); see the functions of this module."""
+    """The rule called `method`, one of `DISCRETIZATIONS`; see the functions of this module."""
     if method not in DISCRETIZATIONS:
         raise ValueError(unknown("discretization", method, DISCRETIZATIONS))
     return DISCRETIZATIONS[method](A, dt, B)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from .._names import unknown
-from .hippo import legs, legs_low_rank
+from .hippo import low_rank, system
 
-# Name -> the rank of A plus a normal matrix.
+# Families with matrices for S4, and the rank of what makes them normal.
 DPLR_RANKS = {"legs": 1, "legt": 2, "fout": 1}
 # Smaller eigenvalues than this stand for zero: those of these families that are not zero are above 1/10.
 _ZERO = 1e-4
@@ -56,21 +56,7 @@ def nplr(init: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(unknown("init", init, DPLR_RANKS))
     if n < 2 or n % 2:
         raise ValueError(f"n: want an even state size >= 2 (eigenvalues come in conjugate pairs), got {n}")
-    if init == "legs":
-        A, B = legs(n)
-        return A, B, legs_low_rank(n).unsqueeze(0)
-    k = np.arange(n)
-    if init == "legt":
-        root = np.sqrt(2.0 * k + 1)
-        sign = np.where(k[:, None] >= k, 1.0, (-1.0) ** (k[:, None] - k))
-        P = np.stack([np.where(k % 2, root, 0), np.where(k % 2, 0, root)]) / np.sqrt(2)
-        return tuple(map(torch.from_numpy, (-root[:, None] * sign * root / 2, root / 2, P)))  # type: ignore[return-value]
-    frequency = np.pi * np.arange(n // 2)
-    A, B = np.zeros((n, n)), np.zeros(n)
-    A[k[::2], k[1::2]], A[k[1::2], k[::2]] = -frequency, frequency
-    B[::2] = np.sqrt(2)
-    B[0] = 1
-    return torch.from_numpy(A - np.outer(B, B)), torch.from_numpy(B), torch.from_numpy(B[None].copy())
+    return *system(init, n), low_rank(init, n)
 
 
 @lru_cache(maxsize=64)
@@ -104,7 +90,7 @@ def diagonal_plus_low_rank(init: str, n: int, rank: int | None = None, *, b_clip
     Raises:
         ValueError: an unknown family, an odd size, or a rank below what the family needs.
     """
-    A, B, P = nplr(init, n)
+    _, B, P = nplr(init, n)
     rank = len(P) if rank is None else rank
     if rank < len(P):
         raise ValueError(f"rank: init={init!r} needs {len(P)}, got {rank}")

@@ -1,19 +1,28 @@
-"""HiPPO-LegS: the matrices, their normal part, and its eigen-decomposition.
+"""HiPPO: matrices of systems that remember their input, and the eigen-decomposition of the normal part of LegS.
+
+x' = A x + B u holds coefficients of the past of u in some basis; which basis that is, and how to get the past back, is
+in `maths.bases`. All are time-invariant. (The memory of the whole past with equal weight divides those of LegS by
+the time: see `maths.memory.project_scaled`.)
 
 Everything is computed in float64 with NumPy on the host, whatever torch's default device and dtype are: single
 precision eigenvectors differ between machines.
 
-Source: HiPPO (Gu et al., 2020), Theorem 2; S4 (Gu et al., 2021), Theorem 1 and Appendix C (normal plus low rank);
-S5 (Smith et al., 2022), section 3.2 and Appendix B.1 (blocks).
+Source: HiPPO (Gu et al., 2020), Theorems 1 and 2, Appendix D; How to Train Your HiPPO (Gu et al., 2022), section 3
+(FouT, and what the kernels mean); S4 (Gu et al., 2021), Theorem 1 and Appendix C (normal plus low rank); S5 (Smith et
+al., 2022), section 3.2 and Appendix B.1 (blocks).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._names import unknown
 
 
 def _check_size(n: int, name: str = "n") -> None:
@@ -31,6 +40,153 @@ def legs(n: int) -> tuple[Tensor, Tensor]:
     root = np.sqrt(2 * k + 1)
     A = -np.tril(np.outer(root, root), -1) - np.diag(k + 1)
     return torch.from_numpy(A), torch.from_numpy(root)
+
+
+def _check_window(window: float) -> None:
+    if not 0 < window < math.inf:
+        raise ValueError(f"window: want a positive length of time, got {window}")
+
+
+def legt(n: int, window: float = 2.0) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,) of HiPPO-LegT: Legendre polynomials over the last `window` units of time. Float64.
+
+    (exp(s A) B)_k tends to sqrt(2k + 1) P_k(1 - 2 s / window) / window on [0, window], and to 0 after, as n grows. The
+    papers have window 1, the matrices that are used in S4 window 2.
+    """
+    _check_size(n)
+    _check_window(window)
+    k = np.arange(n)
+    root = np.sqrt(2.0 * k + 1)
+    sign = np.where(k[:, None] < k, (-1.0) ** (k[:, None] - k), 1.0)
+    return torch.from_numpy(-np.outer(root, root) * sign / window), torch.from_numpy(root / window)
+
+
+def lmu(n: int, window: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,) of the Legendre memory unit: LegT whose coefficients belong to plain Legendre polynomials.
+
+    u(t - s) is about sum_k x_k P_k(2 s / window - 1): the coefficients are those of `legt` times (-1)^k sqrt(2k + 1).
+    Float64.
+
+    Source: Legendre Memory Units (Voelker et al., 2019), equation 2; HiPPO (Gu et al., 2020), Appendix D.1.
+    """
+    A, B = legt(n, window)
+    k = torch.arange(n, dtype=torch.float64, device="cpu")
+    scale = (-1.0) ** k * torch.sqrt(2 * k + 1)
+    return scale[:, None] * A / scale, scale * B
+
+
+def lagt(n: int, alpha: float = 0.0, beta: float = 0.0) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,) of HiPPO-LagT: Laguerre functions, for a past that never ends. Float64.
+
+    (exp(s A) B)_k = h_k L_k^(alpha)(s) exp(-(1 + beta) s / 2), L_k^(alpha) the generalised Laguerre polynomials and
+    h_k = sqrt(k! / Gamma(k + alpha + 1)). The past is weighted with s^-alpha exp(-beta s). With alpha = beta = 0 all of
+    it counts alike (the kernels are orthonormal); with alpha = 0, beta = 1 it counts with exp(-s), as in LegS.
+
+    The weight is not scaled to mass one. Multiply B by sqrt(beta^(1 - alpha) / Gamma(1 - alpha)) for that.
+
+    Args:
+        alpha: > -1.
+        beta: rate at which the past loses weight, >= 0.
+    """
+    _check_size(n)
+    if not -1 < alpha < math.inf:
+        raise ValueError(f"alpha: want a number > -1, got {alpha}")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta: want a number >= 0, got {beta}")
+    norm = np.exp(0.5 * np.array([math.lgamma(k + 1) - math.lgamma(k + alpha + 1) for k in range(n)]))
+    A = -np.tril(np.ones((n, n)), -1) * np.outer(norm, 1 / norm) - (1 + beta) / 2 * np.eye(n)
+    return torch.from_numpy(A), torch.from_numpy(1 / (norm * math.gamma(alpha + 1)))
+
+
+def _fourier(n: int, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """D and p(0) of p = 1, sin 0, sqrt2 cos(w_1 s), sqrt2 sin(w_1 s), ...: p' = D p, with w_0 = 0."""
+    _check_size(n)
+    if n % 2:
+        raise ValueError(f"n: sines and cosines come in pairs, so want an even state size, got {n}")
+    derivative, at_zero = np.zeros((n, n)), np.zeros(n)
+    for k, frequency in enumerate(frequencies):
+        derivative[2 * k, 2 * k + 1], derivative[2 * k + 1, 2 * k] = -frequency, frequency
+    at_zero[::2] = math.sqrt(2)
+    at_zero[0] = 1
+    return derivative, at_zero
+
+
+def fout(n: int, window: float = 2.0) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,) of FouT: a Fourier series over the last `window` units of time; n even. Float64.
+
+    (exp(s A) B)_k tends to 1, 0, sqrt2 cos(w s), sqrt2 sin(w s), sqrt2 cos(2 w s), ... divided by `window`, with
+    w = 2 pi / window, on [0, window], and to 0 after, as n grows. (Entry 1 is the sine of frequency 0.)
+    """
+    _check_window(window)
+    derivative, at_zero = _fourier(n, 2 * math.pi / window * np.arange(n // 2))
+    return torch.from_numpy(derivative - 2 / window * np.outer(at_zero, at_zero)), torch.from_numpy(
+        2 / window * at_zero
+    )
+
+
+def fourier_decay(n: int) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,) of FouT (window 2) with half the low-rank term and half the input; n even. Float64."""
+    derivative, at_zero = _fourier(n, math.pi * np.arange(n // 2))
+    return torch.from_numpy(derivative - np.outer(at_zero, at_zero) / 2), torch.from_numpy(at_zero / 2)
+
+
+def foud(n: int) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,) of the diagonal Fourier system: frequencies 2 pi k, all decaying at rate 1/2; n even.
+
+    Float64. A is normal.
+    """
+    derivative, at_zero = _fourier(n, 2 * math.pi * np.arange(n // 2))
+    return torch.from_numpy(derivative - np.eye(n) / 2), torch.from_numpy(at_zero)
+
+
+def legsd(n: int) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,): the normal part of LegS with half the input, what S4D-LegS diagonalises. Float64."""
+    _, B = legs(n)
+    return legs_normal(n), B / 2
+
+
+# Name -> (A, B) of state size n.
+FAMILIES: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
+    "legs": legs,
+    "legt": legt,
+    "lagt": lagt,
+    "fout": fout,
+    "lmu": lmu,
+    "legsd": legsd,
+    "foud": foud,
+    "fourier_decay": fourier_decay,
+}
+
+
+def system(family: str, n: int) -> tuple[Tensor, Tensor]:
+    """A (n, n) and B (n,) of a family by name (see `FAMILIES`). Float64."""
+    if family not in FAMILIES:
+        raise ValueError(unknown("family", family, FAMILIES))
+    return FAMILIES[family](n)
+
+
+def low_rank(family: str, n: int) -> Tensor:
+    """P (r, n): A + P^T P of `system(family, n)` is a multiple of the identity plus a skew-symmetric matrix. Float64.
+
+    The rank r is 1 for "legs", "lagt", "fout" and "fourier_decay", 2 for "legt", and 0 for "legsd" and "foud".
+
+    Raises:
+        ValueError: an unknown family, or one without such a P ("lmu").
+    """
+    A, B = system(family, n)
+    if family in ("legsd", "foud"):
+        return A.new_zeros(0, n)
+    if family == "legs":
+        return legs_low_rank(n).unsqueeze(0)
+    if family == "lagt":
+        return B.unsqueeze(0) / math.sqrt(2)
+    if family == "legt":
+        # 1 + (-1)^(i - k) is 2 where i and k are both even or both odd, so each half has a rank-one part of its own.
+        even = torch.arange(n, device="cpu") % 2 == 0
+        return torch.stack([B * even, B * ~even]) * math.sqrt(2)
+    if family in ("fout", "fourier_decay"):
+        return B.unsqueeze(0) * {"fout": 1.0, "fourier_decay": math.sqrt(2)}[family]
+    raise ValueError(f"family: {family!r} is no normal matrix plus one of low rank")
 
 
 def legs_low_rank(n: int) -> Tensor:

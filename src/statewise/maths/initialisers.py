@@ -6,14 +6,18 @@ Every random function draws from torch's global generator unless it is given one
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._names import unknown
-from .hippo import legs_diagonal
+from .hippo import legs, legs_block_diagonal, legs_diagonal
+from .ptd import Perturbed, perturb
 
-DIAGONAL_INITS = ("lin", "inv", "inv2", "quad", "legs", "real", "rand", "diag")
+DIAGONAL_INITS = ("lin", "inv", "inv2", "quad", "legs", "real", "rand", "diag", "ptd")
+BLOCK_INITS = ("legs", "ptd")
 
 
 def _check_dt_range(dt_min: float, dt_max: float) -> None:
@@ -58,8 +62,42 @@ def inverse_softplus_dt(
     return inverse_softplus(log_dt.exp().clamp(min=floor))
 
 
+def _parse(init: str | Mapping[str, Any], known: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """Name and options of an `init`: a name, or a mapping with the name under "name" and its options beside it."""
+    options = {"name": init} if isinstance(init, str) else dict(init)
+    name = options.pop("name", None)
+    if name not in known:
+        raise ValueError(unknown("init", str(name), known))
+    for option in options:
+        if name != "ptd" or option not in ("gamma", "seed"):
+            raise ValueError(unknown(f"option of init {name!r}", option, ("gamma", "seed") if name == "ptd" else ()))
+    return name, options
+
+
+def block_init(init: str | Mapping[str, Any], d_state: int, blocks: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Spectrum and change of basis of a diagonal state space of `blocks` equal parts, as S5 initialises it.
+
+    Args:
+        init: "legs" (normal part of HiPPO-LegS) or "ptd" (LegS perturbed and diagonalised, see `maths.ptd`), which may
+            be a mapping {"name": "ptd", "gamma": 1000.0, "seed": 0}.
+        d_state: P, counting both of each conjugate pair; 2 * blocks divides it.
+
+    Returns:
+        Lambda (P/2,), V (P, P/2) and its left inverse (P/2, P), complex128 on the CPU: 2 Re(V diag(Lambda) V_inv) is
+        the block-diagonal real matrix, and a real input matrix B has the rows V_inv B in the modes.
+    """
+    name, options = _parse(init, BLOCK_INITS)
+    if name == "legs":
+        return legs_block_diagonal(d_state, blocks)
+    if blocks < 1 or d_state % (2 * blocks):
+        raise ValueError(f"blocks: want 2 * blocks to divide {d_state}, got {blocks}")
+    part = perturb(d_state // blocks, **options)
+    V, V_inv = (torch.block_diag(*[t] * blocks) for t in (part.V, part.V_inv))
+    return part.Lambda.repeat(blocks), V, V_inv
+
+
 def diagonal_init(
-    init: str,
+    init: str | Mapping[str, Any],
     copies: int,
     d_state: int,
     *,
@@ -78,11 +116,13 @@ def diagonal_init(
     | "inv2" |                    | -1/2 + i N/pi (N / (n + 1) - 1)                        | 1   |
     | "quad" |                    | -1/2 + i (1 + 2n)^2 / pi                               | 1   |
     | "legs" | S4D-LegS           | eigenvalues of the normal part of HiPPO-LegS           | V* B of HiPPO-LegS |
+    | "ptd"  | S4-PTD             | eigenvalues of HiPPO-LegS, perturbed (see `maths.ptd`) | V^-1 B of HiPPO-LegS |
     | "real" | S4D-Real           | -(n + 1)                                               | 1   |
     | "rand" |                    | -1/2 + i exp(normal)                                   | 1   |
     | "diag" |                    | first half of the copies "inv", second half "lin"      | 1   |
 
     Args:
+        init: one of these names; for "ptd" also a mapping {"name": "ptd", "gamma": 1000.0, "seed": 0}.
         copies: number of independent systems; even for "diag".
         d_state: N, counting both of each conjugate pair; even.
         real_random: draw the real part uniformly from (-1, 0) instead.
@@ -94,8 +134,7 @@ def diagonal_init(
 
     Source: S4D (Gu et al., 2022), section 4.
     """
-    if init not in DIAGONAL_INITS:
-        raise ValueError(unknown("init", init, DIAGONAL_INITS))
+    init, options = _parse(init, DIAGONAL_INITS)
     if d_state < 2 or d_state % 2:
         raise ValueError(f"d_state: want an even number >= 2 (it counts conjugate pairs), got {d_state}")
     if copies < 1:
@@ -125,11 +164,14 @@ def diagonal_init(
         real, imag = -(n + 1), torch.zeros_like(n)
     elif init == "rand":
         imag = torch.randn(size, dtype=torch.float64, device="cpu", generator=generator).exp()
+    elif init == "ptd":
+        found: Perturbed = perturb(N, **options)
+        # The decompositions keep the half below the real axis; its conjugate is the half that is stored here.
+        real, imag = found.Lambda.real, -found.Lambda.imag
+        B = (found.V_inv @ legs(N)[1].to(torch.complex128)).conj().resolve_conj()
     else:
         Lambda, V = legs_diagonal(N)
-        full = torch.sqrt(2 * torch.arange(N, dtype=torch.float64, device="cpu") + 1)
-        # The decomposition keeps the half below the real axis; its conjugate is the half that is stored here.
-        rotated = V.T @ full.to(torch.complex128)
+        rotated = V.T @ legs(N)[1].to(torch.complex128)
         bound = math.inf if b_clip is None else b_clip
         imag, B = -Lambda.imag, torch.complex(rotated.real, rotated.imag.clamp(-bound, bound))
     if real_random:

@@ -14,6 +14,7 @@ from ..segments import Segments
 from .layers import Linear
 from .siso import SISO, CausalSISO, TwoSidedSISO
 
+
 class _DPLR(SISO):
     """Initialisation and discretisation of A = diag(Lambda) - sum_r P_r P_r^*."""
 

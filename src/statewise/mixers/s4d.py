@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -28,7 +30,7 @@ class _Diagonal(SISO):
         d_model: int,
         *,
         d_state: int = 64,
-        init: str = "legs",
+        init: str | Mapping[str, Any] = "legs",
         discretization: str = "zoh",
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
@@ -85,8 +87,8 @@ class S4D(_Diagonal, CausalSISO):
     Args:
         d_model: width D of input and output.
         d_state: N, counting both of each conjugate pair; even.
-        init: initial A and B: "legs" (S4D-LegS), "lin", "inv", "inv2", "quad", "real", "rand", or "diag" (half of the
-            systems "inv", half "lin"); see `maths.initialisers.diagonal_init`.
+        init: initial A and B: "legs" (S4D-LegS), "lin", "inv", "inv2", "quad", "real", "rand", "diag" (half of the
+            systems "inv", half "lin") or "ptd" (see `S4PTD`); see `maths.initialisers.diagonal_init`.
         discretization: "zoh" (input held over a step), "bilinear" or "dirac".
         dt_min, dt_max: initial steps are log-uniform in [dt_min, dt_max]. A mode sees lags in units of dt: for
             sequences of length L, dt_min of about 1 / L is a good choice.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,7 @@ from torch import Tensor, nn
 
 from .._names import unknown
 from ..maths.discretize import asynchronous, discretize
-from ..maths.hippo import legs_block_diagonal
-from ..maths.initialisers import complex_normal, log_uniform_log_dt, truncated_normal
+from ..maths.initialisers import block_init, complex_normal, log_uniform_log_dt, truncated_normal
 from ..ops._checks import compute_dtype
 from ..ops._precision import no_autocast, widen
 from ..ops.linear_scan import linear_scan
@@ -40,6 +40,7 @@ class _S5System(SequenceMixer):
         *,
         d_state: int = 64,
         blocks: int = 1,
+        init: str | Mapping[str, Any] = "legs",
         c_init: str = "lecun_normal",
         discretization: str = "zoh",
         dt_min: float = 1e-3,
@@ -67,7 +68,7 @@ class _S5System(SequenceMixer):
         if not 0 <= dropout < 1:
             raise ValueError(f"{what}: dropout: want 0 <= dropout < 1, got {dropout}")
         self.d_model, self.d_state, self.blocks = d_model, d_state, blocks
-        self.c_init, self.discretization, self.clip_eigs = c_init, discretization, clip_eigs
+        self.init, self.c_init, self.discretization, self.clip_eigs = init, c_init, discretization, clip_eigs
         self.dt_min, self.dt_max, self.step_rescale = dt_min, dt_max, step_rescale
         self.activation, self.dropout = activation, dropout
         modes = d_state // 2
@@ -92,14 +93,14 @@ class _S5System(SequenceMixer):
     def reset_dynamics(self) -> None:
         """Draw Lambda, B, C, D and the steps anew."""
         device, dtype = self.B.device, compute_dtype(self.B)
-        Lambda, V, V_star = legs_block_diagonal(self.d_state, self.blocks)
+        Lambda, V, V_inv = block_init(self.init, self.d_state, self.blocks)
         kind = torch.complex128 if dtype == torch.float64 else torch.complex64
-        V, V_star = V.to(device, kind), V_star.to(device, kind)
+        V, V_inv = V.to(device, kind), V_inv.to(device, kind)
         self.Lambda_re.copy_(Lambda.real)
         self.Lambda_im.copy_(Lambda.imag)
         H, P = self.d_model, self.d_state
         B = truncated_normal((P, H), 1 / P, device=device, dtype=dtype)
-        self.B.copy_(torch.view_as_real(V_star @ B.to(kind)))
+        self.B.copy_(torch.view_as_real(V_inv @ B.to(kind)))
         for C in self._outputs():
             if self.c_init == "complex_normal":
                 C.copy_(complex_normal(C.shape[:-1], device=device, dtype=dtype))
@@ -121,6 +122,12 @@ class _S5System(SequenceMixer):
         if elapsed is not None:
             dt = dt * elapsed.to(dt.dtype).unsqueeze(-1)
         return discretize(self.discretization, Lambda, dt)
+
+    def _checked(self, elapsed: Tensor, x: Tensor, seg: Segments | None) -> Tensor:
+        if elapsed.shape != x.shape[:2]:
+            what = type(self).__name__
+            raise ValueError(f"{what}: elapsed: want (B, L) = {tuple(x.shape[:2])} like x, got {tuple(elapsed.shape)}")
+        return elapsed if seg is None else seg.mask(elapsed)
 
     def discrete(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor]:
         """log Lambda_bar (P/2,), B_bar (P/2, D), the C (D, P/2), all complex, and D (D,)."""
@@ -179,7 +186,9 @@ class S5(_S5System, CausalMixer, HasImpulse):
     Args:
         d_model: width D of input and output.
         d_state: P, counting both of each conjugate pair; even.
-        blocks: J; Lambda is J copies of the LegS spectrum of size P / J.
+        blocks: J; Lambda is J copies of a spectrum of size P / J.
+        init: that spectrum, and the basis that B and C are drawn in: "legs" (normal part of HiPPO-LegS) or "ptd" (LegS
+            perturbed and diagonalised, see `S5PTD`).
         c_init: "trunc_standard_normal" (variance 1/P), "lecun_normal" (variance 1/(P D)), both rotated into the modes,
             or "complex_normal" (variance 1/2 of each part, drawn in the modes).
         discretization: "zoh" (input held over a step), "bilinear", "dirac" or "async" (see `maths.discretize`).
@@ -216,11 +225,7 @@ class S5(_S5System, CausalMixer, HasImpulse):
                 what `extend` gives. It scales dt token by token; with discretization "async" or "dirac" it acts on
                 the decay of the state only.
         """
-        if elapsed.shape != x.shape[:2]:
-            raise ValueError(f"S5: elapsed: want (B, L) = {tuple(x.shape[:2])} like x, got {tuple(elapsed.shape)}")
-        if seg is not None:
-            elapsed = seg.mask(elapsed)
-        return self._extend(x, elapsed, state, seg)
+        return self._extend(x, self._checked(elapsed, x, seg), state, seg)
 
     def _extend(
         self, x: Tensor, elapsed: Tensor | None, state: Tensor | None, seg: Segments | None
@@ -250,7 +255,8 @@ class S5(_S5System, CausalMixer, HasImpulse):
 class BidirectionalS5(_S5System, HasMixing):
     """S5 that looks both ways: one Lambda, B and step, read out by C1 (forward) and C2 (backward).
 
-    Both directions include the present token. Arguments as in `S5`.
+    Both directions include the present token. Arguments as in `S5`. For input at irregular times, `forward_irregular`
+    takes the time since the last token beside x.
 
     Source: Smith et al. 2022, "Simplified State Space Layers for Sequence Modeling" (arXiv 2208.04933), appendix G.
     """
@@ -260,12 +266,25 @@ class BidirectionalS5(_S5System, HasMixing):
     C2: Tensor
 
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
+        return self._both(x, None, seg)
+
+    def forward_irregular(self, x: Tensor, elapsed: Tensor, seg: Segments | None = None) -> Tensor:
+        """As `forward`, for tokens at irregular times.
+
+        Args:
+            elapsed: (B, L), time since the token before (>= 0), as in `S5.extend_irregular`. On the way back the state
+                decays over the same gaps; a token enters it as it does on the way forth.
+        """
+        return self._both(x, self._checked(elapsed, x, seg), seg)
+
+    def _both(self, x: Tensor, elapsed: Tensor | None, seg: Segments | None) -> Tensor:
         check_input(self, x, self.d_model)
         with no_autocast(x):
             v = widen(x) if seg is None else seg.mask(widen(x))
-            a, into = self._drive(v, None)
-            y = self._read(linear_scan(a, into, seg=seg)[0], self.C1)
-            y = y + self._read(linear_scan(a, into, seg=seg, reverse=True)[0], self.C2)
+            before, into = self._drive(v, elapsed)
+            after = before if elapsed is None else torch.exp(self._steps(_of_next(elapsed, seg))[0])
+            y = self._read(linear_scan(before, into, seg=seg)[0], self.C1)
+            y = y + self._read(linear_scan(after, into, seg=seg, reverse=True)[0], self.C2)
             y = (y + widen(self.D) * v).to(x.dtype)
         return self._emit_masked(seg)(y)
 
@@ -278,3 +297,14 @@ class BidirectionalS5(_S5System, HasMixing):
         dense = dense + own[..., None, None] * torch.diag(widen(self.D))
         v = x if seg is None else seg.mask(x)
         return Mixing(dense.to(x.dtype).expand(x.shape[0], -1, -1, -1, -1), v, self._emit_masked(seg), "block")
+
+
+def _of_next(t: Tensor, seg: Segments | None) -> Tensor:
+    """t (B, L) of the next valid position. Where there is none in the document, any number: the scan begins there."""
+    B, L = t.shape
+    at = torch.arange(L, device=t.device).expand(B, L)
+    if seg is not None and seg.valid is not None:
+        at = torch.where(seg.valid, at, L - 1)
+        at = at.flip(1).cummin(1).values.flip(1)
+    following = torch.cat([at[:, 1:], at[:, L - 1 :]], 1)
+    return t.gather(1, following)

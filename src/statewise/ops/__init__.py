@@ -17,7 +17,7 @@ from .attention import (
     attention_positions,
     attention_step,
 )
-from .dplr import dplr_kernel, dplr_ssm, dplr_ssm_apply, dplr_ssm_matrix, dplr_ssm_step
+from .dplr import cauchy, dplr_kernel, dplr_ssm, dplr_ssm_apply, dplr_ssm_matrix, dplr_ssm_step
 from .linear_scan import (
     linear_scan,
     linear_scan_apply,
@@ -75,6 +75,7 @@ __all__ = [
     "attention_matrix",
     "attention_positions",
     "attention_step",
+    "cauchy",
     "combine",
     "diagonal_kernel",
     "diagonal_ssm",

@@ -6,10 +6,9 @@ from "Never Train from Scratch". Rows without a source are ours, and say so. "sm
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from ..models import _long_range as published
 from ..training.options import Training
 
 FAMILIES = ("s4", "s4d", "s5", "transformer", "mamba", "mamba2", "lstm")
@@ -21,24 +20,43 @@ SAMPLES = {  # training rows of the full sets, for epochs
 # Which published model serves a task that the papers do not have.
 _LIKE = {"fashion": "image", "mnist": "image", "digits": "image"}
 # Share of positions that are hidden ("Never Train from Scratch", section 4 and appendix).
-MASKED = {"listops": 0.1, "text": 0.15, "retrieval": 0.15, "speech": 0.25}
-MASKED_PIXELS = 0.5
+MASKED = {"listops": 0.1, "speech": 0.25}
+MASKED_PIXELS, MASKED_TOKENS = 0.5, 0.15
 # Tasks whose values are restored as one of 256 grey levels instead of as numbers.
 LEVELS = {"pathfinder": 256, "pathx": 256}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Arguments of `SequenceClassifier` (but for what the data decides), training, and learning rate before labels."""
+def config(task: str, family: str, profile: str) -> dict[str, Any]:
+    """Arguments of `SequenceClassifier` but for what the data decides.
 
-    config: dict[str, Any]
-    training: Training
-    pretrain_lr: float = 1e-3
+    Args:
+        family: one of FAMILIES, or a mixer that has no row of its own.
+    """
+    return _full_config(task, family) if profile == "full" else _small_config(task, family)
 
 
-def setting(task: str, family: str, profile: str) -> Setting:
-    """The row of a table; `family` is one of FAMILIES, or anything else for a mixer with options of its own."""
-    return _full(task, family) if profile == "full" else _small(task, family)
+def training(task: str, family: str, profile: str, pretrain: str = "none") -> Training:
+    """How that model is trained.
+
+    Args:
+        pretrain: the objective of a training without labels that comes before, if any.
+    """
+    if profile != "full":
+        return _small_training(task, family)
+    found = _full_training(task, family, causal=pretrain == "causal")
+    if pretrain == "none" or family not in ("s4", "s4d"):
+        return found
+    lr, warmup = _S4_AFTER.get(task, 1e-3), min(found.warmup, 5_000)
+    return replace(found, lr=lr, dynamics_lr=min(1e-3 / lr, 1.0), warmup=warmup, final_lr=1.0)
+
+
+def pretrain_lr(task: str, family: str, profile: str) -> float:
+    """Its learning rate before labels."""
+    if profile != "full":
+        return _small_training(task, family).lr
+    if family == "transformer":
+        return _TRANSFORMER[task][0]
+    return _S4_BEFORE.get(task, 1e-3) if family in ("s4", "s4d") else 1e-3
 
 
 # ---- full ----------------------------------------------------------------------------------------------------------
@@ -93,7 +111,9 @@ _TRANSFORMER = {
     "digits": (1e-3, 1e-3),
     "speech": (5e-4, 5e-4),
 }
+# S4 around pre-training: its rate, and that of what follows, constant after the warm-up; 1e-3 elsewhere.
 _S4_BEFORE = {"text": 5e-4, "retrieval": 5e-4}
+_S4_AFTER = {"text": 5e-4, "retrieval": 5e-4}
 
 
 def _protocol(**options: Any) -> Training:
@@ -101,44 +121,50 @@ def _protocol(**options: Any) -> Training:
     return Training(**{"clip": 0.0, "beta2": 0.999, "final_lr": 0.0, "log_every": 10, **options})
 
 
-def _full(task: str, family: str) -> Setting:
+def _full_config(task: str, family: str) -> dict[str, Any]:
+    # Not at the top: it needs PyTorch, and the command line prints help without.
+    from ..models import _long_range as published
+
     like = _LIKE.get(task, task)
-    lr, batch, warmup, steps = _S4[task]
-    every = {"eval_every": max(steps // 100, 1), "checkpoint_every": max(steps // 100, 1)}
-    common = {"batch_size": batch, "warmup": warmup, "steps": steps, **every}
-    if family in ("s4", "s4d"):
-        special = {"log_dt": {"lr": 1.0}} if task in _GLOBAL_DT else {}
-        training = _protocol(lr=lr, weight_decay=0.05, dynamics_lr=1e-3 / lr, special=special, **common)
-        return Setting(published.config(family, like), training, _S4_BEFORE.get(task, 1e-3))
+    if family in ("s4", "s4d", "s5", "transformer"):
+        return published.config(family, like)
+    # Ours: the width and depth of S4, with the norm of language models.
+    base = published.config("s4", like)
+    kept: dict[str, Any] = {name: base[name] for name in ("d_model", "n_layer", "dropout", "head") if name in base}
+    return {**kept, "mixer": family, "norm": "rms"}
+
+
+def _full_training(task: str, family: str, *, causal: bool) -> Training:
     if family == "s5":
-        return Setting(published.config("s5", like), _s5_training(task))
+        return _s5_training(task, causal=causal)
+    lr, batch, warmup, steps = _S4[task]
+    every = max(steps // 100, 1)
+    common = _protocol(
+        batch_size=batch, warmup=warmup, steps=steps, eval_every=every, checkpoint_every=every, weight_decay=0.05
+    )
+    if family in ("s4", "s4d"):
+        groups = {"log_dt": {"lr": 1.0}} if task in _GLOBAL_DT else {}
+        return replace(common, lr=lr, dynamics_lr=1e-3 / lr, groups=groups)
     if family == "transformer":
-        before, rate = _TRANSFORMER[task]
         decay = 0.1 if task == "text" else 0.0
-        training = _protocol(lr=rate, weight_decay=decay, **{**common, "warmup": 5_000, "final_lr": 1.0})
-        return Setting(published.config("transformer", like), training, before)
-    # Ours: the width and depth of S4, and the habits of language models.
-    config = {**_plain(published.config("s4", like)), "mixer": family, "norm": "rms"}
-    training = _protocol(lr=1e-3, weight_decay=0.05, **common)
-    return Setting(config, replace(training, clip=1.0, beta2=0.95))
+        return replace(common, lr=_TRANSFORMER[task][1], weight_decay=decay, warmup=5_000, final_lr=1.0)
+    # Ours: the steps of S4, and the habits of language models.
+    return replace(common, lr=1e-3, clip=1.0, beta2=0.95)
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: config[name] for name in ("d_model", "n_layer", "dropout", "head") if name in config}
-
-
-def _s5_training(task: str) -> Training:
+def _s5_training(task: str, *, causal: bool) -> Training:
     batch, epochs, rate, factor, decay, rule = _S5[task]
     epoch = SAMPLES[task] // batch
-    special: dict[str, dict[str, float]] = {
+    readouts = ("C",) if causal else ("C1", "C2")
+    groups: dict[str, dict[str, float]] = {
         "B like weights": {"B": {"lr": 1.0, "weight_decay": decay}},
         "steps like weights": {"log_step": {"lr": 1.0, "weight_decay": decay}},
         "B decays": {"B": {"weight_decay": decay}},
-        "C like states": {name: {"lr": 1 / factor, "weight_decay": 0.0} for name in ("C1", "C2")},
+        "C like states": {name: {"lr": 1 / factor, "weight_decay": 0.0} for name in readouts},
         "": {},
     }[rule]
     return _protocol(
-        lr=rate * factor, dynamics_lr=1 / factor, weight_decay=decay, special=special, batch_size=batch,
+        lr=rate * factor, dynamics_lr=1 / factor, weight_decay=decay, groups=groups, batch_size=batch,
         steps=epoch * epochs, warmup=0 if task == "text" else epoch, eval_every=epoch, checkpoint_every=epoch,
     )  # fmt: skip
 
@@ -163,25 +189,29 @@ _STATE = 16
 _RATES = {"s4": 0.01, "s4d": 0.01, "s5": 4e-3, "transformer": 1e-3}
 
 
-def _small(task: str, family: str) -> Setting:
-    width, layers, batch, steps = _SIZES[task]
-    config: dict[str, Any] = {"d_model": width, "n_layer": layers}
+def _small_config(task: str, family: str) -> dict[str, Any]:
+    from ..models import _long_range as published
+
+    width, layers, _, _ = _SIZES[task]
+    made: dict[str, Any] = {"d_model": width, "n_layer": layers}
     if task == "retrieval":
-        config["head"] = "pair"
-    lr = _RATES.get(family, 2e-3)
+        made["head"] = "pair"
     if family in ("s4", "s4d"):
-        config |= {"mixer": {"name": f"bidirectional_{family}", "d_state": _STATE}, "norm": "batch"}
-    elif family == "s5":
-        config |= {"mixer": {"name": "bidirectional_s5", "d_state": width, "blocks": 4}, "norm": "batch"}
-    elif family == "transformer":
-        config |= published.transformer(layers, width, max(width // 16, 1), 2 * width)
-    else:
-        options = {"mamba": {"d_state": _STATE}, "mamba2": {"d_state": 32, "head_dim": 16}}.get(family, {})
-        config |= {"mixer": {"name": family, **options}, "norm": "rms"}
+        return {**made, "mixer": {"name": f"bidirectional_{family}", "d_state": _STATE}, "norm": "batch"}
+    if family == "s5":
+        return {**made, "mixer": {"name": "bidirectional_s5", "d_state": width, "blocks": 4}, "norm": "batch"}
+    if family == "transformer":
+        return {**made, **published.transformer(layers, width, max(width // 16, 1), 2 * width)}
+    options = {"mamba": {"d_state": _STATE}, "mamba2": {"d_state": 32, "head_dim": 16}}.get(family, {})
+    return {**made, "mixer": {"name": family, **options}, "norm": "rms"}
+
+
+def _small_training(task: str, family: str) -> Training:
+    _, _, batch, steps = _SIZES[task]
+    lr = _RATES.get(family, 2e-3)
     every = max(steps // 10, 1)  # validating costs minutes too
     own = {"dynamics_lr": 1e-3 / lr} if family in ("s4", "s4d", "s5") else {"clip": 1.0}
-    training = _protocol(
+    return _protocol(
         lr=lr, weight_decay=0.05, steps=steps, batch_size=batch, warmup=steps // 20, eval_every=every,
         checkpoint_every=every, **own,
     )  # fmt: skip
-    return Setting(config, training)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from .._names import unknown
 from ..training.options import Training
-from ._long_range import FAMILIES, LEVELS, MASKED, MASKED_PIXELS, Setting, setting
+from . import _long_range as tables
 from .models import ModelChoice
 from .recipe import Phase, Recipe
 
@@ -79,17 +79,18 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
         data: SetOptions = SetOptions(),
         training: Training | None = None,
     ) -> Recipe:
-        row = setting(task.table, _family(model), profile)
+        if training is None:
+            training = tables.training(task.table, _family(model), profile, pretrain)
         options = {
             "model": model, "profile": profile, "d_model": d_model, "n_layer": n_layer, "pretrain": pretrain,
             "pretrain_steps": pretrain_steps, "pretrain_lr": pretrain_lr, "limit_train": limit_train,
             "data": asdict(data),
         }  # fmt: skip
-        return _classify(task, row, row.training if training is None else training, data, options)
+        return _classify(task, training, data, options)
 
     def defaults_for(values: Mapping[str, Any]) -> dict[str, Training]:
-        row = setting(task.table, _family(values.get("model", "s4d")), values.get("profile", "small"))
-        return {"training": row.training}
+        family, profile = _family(values.get("model", "s4d")), values.get("profile", "small")
+        return {"training": tables.training(task.table, family, profile, values.get("pretrain", "none"))}
 
     recipe.__doc__ = about + _ARGUMENTS
     recipe.__name__ = recipe.__qualname__ = task.recipe.rsplit(".", 1)[1]
@@ -98,44 +99,47 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
 
 
 def _family(model: ModelChoice) -> str:
-    if isinstance(model, str):
-        return model
-    return str(model.get("name", "")) if isinstance(model, Mapping) else "a list"
+    if isinstance(model, Mapping):
+        model = str(model.get("name", ""))
+    return model.removeprefix("bidirectional_") if isinstance(model, str) else "a list"
 
 
-def _classify(task: Task, row: Setting, training: Training, data: SetOptions, options: dict[str, Any]) -> Recipe:
+def _classify(task: Task, training: Training, data: SetOptions, options: dict[str, Any]) -> Recipe:
     from ..data.classify import ClassifyData
     from ..tasks import Classification
     from .labels import finish_classification
     from .pretraining import prepared
 
     objective = options["pretrain"]
-    config = _config(task, row, options, causal=objective == "causal")
+    config = _config(task, options, causal=objective == "causal")
     labelled = _prepare(task.data, options["profile"], data)
-    config |= {"n_outputs": labelled.n_classes, "vocab_size": labelled.vocab_size}
-    config |= {"channels": labelled.channels or None}
-    config |= {"head": "pair"} if labelled.paired else {}
+    config["n_outputs"], config["vocab_size"] = labelled.n_classes, labelled.vocab_size
+    config["channels"] = labelled.channels or None
+    if labelled.paired:
+        config["head"] = "pair"
     batches = ClassifyData(labelled, training.batch_size, seed=training.seed, limit=options["limit_train"])
     before: Phase | None = None
     if objective != "none":
-        rate = MASKED.get(task.table, MASKED_PIXELS if labelled.channels else 0.15)
+        rate = tables.MASKED.get(task.table, tables.MASKED_PIXELS if labelled.channels else tables.MASKED_TOKENS)
         before = prepared(
-            task.recipe, batches, objective, config, _first(training, row, options),
-            rate=rate, levels=LEVELS.get(task.table),
+            task.recipe, batches, objective, config, _first(task, training, options),
+            rate=rate, levels=tables.LEVELS.get(task.table),
         )  # fmt: skip
     net = _model(config, training.seed)
     made = Classification(net, labelled.n_classes)
     return Recipe(task.recipe, net, batches, made, training, options, finish_classification, before)
 
 
-def _first(training: Training, row: Setting, options: Mapping[str, Any]) -> Training:
+def _first(task: Task, training: Training, options: Mapping[str, Any]) -> Training:
     """The training before labels."""
     steps = options["pretrain_steps"] or training.steps
+    lr = options["pretrain_lr"] or tables.pretrain_lr(task.table, _family(options["model"]), options["profile"])
     every = max(steps // 10, 1)
     return replace(
         training,
         steps=steps,
-        lr=options["pretrain_lr"] or row.pretrain_lr,
+        lr=lr,
+        dynamics_lr=min(training.dynamics_lr * training.lr / lr, 1.0),  # the dynamics keep their rate
         warmup=min(training.warmup, steps // 10),
         eval_every=every,
         checkpoint_every=every,
@@ -151,13 +155,14 @@ def _model(config: dict[str, Any], seed: int) -> Any:
     return SequenceClassifier(**config)
 
 
-def _config(task: Task, row: Setting, options: Mapping[str, Any], *, causal: bool) -> dict[str, Any]:
-    config, model = dict(row.config), options["model"]
+def _config(task: Task, options: Mapping[str, Any], *, causal: bool) -> dict[str, Any]:
+    model, profile = options["model"], options["profile"]
+    config = tables.config(task.table, _family(model), profile)
     if not isinstance(model, str):
         config["mixer"] = model
     else:
         names = [part.strip() for part in model.split(",")]
-        specs = [setting(task.table, _known(name), options["profile"]).config["mixer"] for name in names]
+        specs = [tables.config(task.table, _known(name), profile)["mixer"] for name in names]
         config["mixer"] = specs if len(specs) > 1 else specs[0]
     config |= {name: options[name] for name in ("d_model", "n_layer") if options[name] is not None}
     return {**config, "mixer": _causal(config["mixer"])} if causal else config
@@ -166,8 +171,8 @@ def _config(task: Task, row: Setting, options: Mapping[str, Any], *, causal: boo
 def _known(model: str) -> str:
     from .. import mixers
 
-    if model not in FAMILIES and model not in mixers.names():
-        raise ValueError(unknown("model", model, [*FAMILIES, *mixers.names()]))
+    if model not in tables.FAMILIES and model not in mixers.names():
+        raise ValueError(unknown("model", model, {*tables.FAMILIES, *mixers.names()}))
     return model
 
 

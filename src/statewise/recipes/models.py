@@ -39,18 +39,21 @@ def build_language_model(
         ValueError: unknown name (with the nearest), or a list that does not fit `n_layer`.
     """
     from .. import mixers
-    from ..models import create_model, list_models
+    from ..models import create_model
+    from ..models._registry import PRESETS, architecture_class
+    from ..models.language import CausalLM
     from ..models.language.stack import LanguageModel
 
+    presets = [n for n, preset in PRESETS.items() if issubclass(architecture_class(preset.architecture), CausalLM)]
     entries = _entries(model)
-    if len(entries) == 1 and isinstance(entries[0], str) and entries[0] in list_models():
+    if len(entries) == 1 and isinstance(entries[0], str) and entries[0] in presets:
         sizes = {k: v for k, v in (("d_model", d_model), ("n_layer", n_layer)) if v is not None}
         return create_model(entries[0], vocab_size=vocab_size, **sizes, **options)
     specs: list[dict[str, Any]] = []
     for entry in entries:
         if isinstance(entry, str):
             if entry not in mixers.names():
-                raise ValueError(unknown("model", entry, [*mixers.names(), *list_models()]))
+                raise ValueError(unknown("model", entry, [*mixers.names(), *presets]))
             specs.append({"name": entry, **(small or {}).get(entry, {})})
         elif isinstance(entry, Mapping):
             specs.append(dict(entry))

@@ -151,7 +151,7 @@ def fit(
         dynamics_lr=training.dynamics_lr,
         beta2=training.beta2,
         final_lr=training.final_lr,
-        special=training.special,
+        groups=training.groups,
     )
     if training.strategy == "fsdp2":
         from .fsdp2 import shard

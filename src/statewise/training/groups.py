@@ -25,18 +25,13 @@ def _dynamics(model: nn.Module) -> set[str]:
     return found
 
 
-def _special(name: str, special: Mapping[str, Any]) -> str | None:
-    """The entry of `special` that speaks of a parameter: its own name, or that of a module around it."""
-    return next((part for part in reversed(name.split(".")) if part in special), None)
-
-
 def parameter_groups(
     model: nn.Module,
     *,
     lr: float,
     weight_decay: float = 0.1,
     dynamics_lr: float = 1.0,
-    special: Mapping[str, Mapping[str, float]] | None = None,
+    groups: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer; groups without parameters are left out.
 
@@ -44,15 +39,15 @@ def parameter_groups(
     - "vectors": biases, norms and whatever else has at most one dimension.
     - "dynamics": what modules list in `dynamics` (A, dt, D, ...), at `lr * dynamics_lr`. Decay would pull time scales
       towards a value that means nothing.
-    - one for each entry of `special`, the parameters of that name: {"B": {"lr": 1.0, "weight_decay": 0.05}} with "lr" a
+    - one for each entry of `groups`, the parameters of that name: {"B": {"lr": 1.0, "weight_decay": 0.05}} with "lr" a
       factor on `lr`. What an entry leaves out is as in the group that the parameters would be in.
 
     Raises:
-        ValueError: no parameter has a name in `special`.
+        ValueError: no parameter has a name in `groups`.
     """
-    special = {} if special is None else special
+    named = {} if groups is None else groups
     dynamics = _dynamics(model)
-    groups: dict[str, dict[str, Any]] = {
+    made: dict[str, dict[str, Any]] = {
         "weights": {"lr": lr, "weight_decay": weight_decay},
         "vectors": {"lr": lr, "weight_decay": 0.0},
         "dynamics": {"lr": lr * dynamics_lr, "weight_decay": 0.0},
@@ -63,19 +58,20 @@ def parameter_groups(
         if not p.requires_grad:
             continue
         kind = "dynamics" if name in dynamics else "weights" if p.ndim > 1 else "vectors"
-        entry = _special(name, special)
+        # An entry may name the parameter itself, or a module around it.
+        entry = next((part for part in reversed(name.split(".")) if part in named), None)
         if entry is not None:
             used.add(entry)
-            told, home = special[entry], groups[kind]
+            told, home = named[entry], made[kind]
             kind = f"{kind}: {entry}"
-            groups[kind] = {
+            made[kind] = {
                 "lr": lr * told["lr"] if "lr" in told else home["lr"],
                 "weight_decay": told.get("weight_decay", home["weight_decay"]),
             }
         found.setdefault(kind, []).append(p)
-    if missing := set(special) - used:
-        raise ValueError(f"special: no parameter that is trained is called {sorted(missing)[0]!r}")
-    return [{"name": name, **group, "params": found[name]} for name, group in groups.items() if name in found]
+    if missing := set(named) - used:
+        raise ValueError(f"groups: no parameter that is trained is called {sorted(missing)[0]!r}")
+    return [{"name": name, **group, "params": found[name]} for name, group in made.items() if name in found]
 
 
 def warmup_cosine(step: int, *, steps: int, warmup: int, floor: float = FLOOR) -> float:
@@ -89,10 +85,10 @@ def warmup_cosine(step: int, *, steps: int, warmup: int, floor: float = FLOOR) -
 def _adamw(
     model: nn.Module, *, steps: int, lr: float, warmup: int, beta2: float, final_lr: float, **options: Any
 ) -> dict:
-    groups = parameter_groups(model, lr=lr, **options)
+    made = parameter_groups(model, lr=lr, **options)
     # One fused call over all parameters where PyTorch has it; the plain loop is several times slower on small models.
-    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=fused)
+    fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in made for p in g["params"])
+    optimizer = torch.optim.AdamW(made, lr=lr, betas=(0.9, beta2), fused=fused)
     factor = partial(warmup_cosine, steps=steps, warmup=warmup, floor=final_lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -107,10 +103,10 @@ def adamw(
     dynamics_lr: float = 1.0,
     beta2: float = 0.95,
     final_lr: float = FLOOR,
-    special: Mapping[str, Mapping[str, float]] | None = None,
+    groups: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Callable[[nn.Module], dict]:
     """`optimize` of a task: AdamW (betas 0.9 and beta2) over `parameter_groups`, with `warmup_cosine` over `steps`."""
     return partial(
         _adamw, steps=steps, lr=lr, weight_decay=weight_decay, warmup=warmup, dynamics_lr=dynamics_lr,
-        beta2=beta2, final_lr=final_lr, special=special,
+        beta2=beta2, final_lr=final_lr, groups=groups,
     )  # fmt: skip

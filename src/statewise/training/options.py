@@ -16,7 +16,7 @@ class Training:
         lr: peak learning rate of AdamW
         dynamics_lr: factor on the learning rate of the state space parameters (A, dt, D, ...)
         weight_decay: of matrices; never of state space parameters, biases, norms and vectors
-        special: other settings for parameters of these names, such as {"log_dt": {"lr": 1, "weight_decay": 0}}; "lr"
+        groups: settings for parameters of these names, such as {"log_dt": {"lr": 1, "weight_decay": 0}}; "lr"
             is a factor on lr
         beta2: how slowly AdamW forgets squared gradients
         warmup: steps of linear warm-up, before the cosine
@@ -39,7 +39,7 @@ class Training:
     lr: float = 2e-3
     dynamics_lr: float = 1.0
     weight_decay: float = 0.1
-    special: dict[str, dict[str, float]] = field(default_factory=dict)
+    groups: dict[str, dict[str, float]] = field(default_factory=dict)
     beta2: float = 0.95
     warmup: int = 50
     final_lr: float = 0.1
@@ -65,9 +65,9 @@ class Training:
         for name in ("weight_decay", "warmup", "clip"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: want 0 or more, got {getattr(self, name)}")
-        for name, settings in self.special.items():
+        for name, settings in self.groups.items():
             if set(settings) - {"lr", "weight_decay"} or min(settings.values(), default=0) < 0:
-                raise ValueError(f'special: {name}: want "lr", "weight_decay" or both, 0 or more, got {settings!r}')
+                raise ValueError(f'groups: {name}: want "lr", "weight_decay" or both, 0 or more, got {settings!r}')
         for name in ("beta2", "final_lr"):
             if not 0 <= getattr(self, name) <= 1 or self.beta2 == 1:
                 raise ValueError(f"{name}: want a share from 0 to 1 (beta2 below 1), got {getattr(self, name)}")

@@ -4,19 +4,24 @@ A maker is `make(profile, *, seed, source, workers, progress) -> Labelled`:
     profile: "small" needs no download and is made in minutes on two cores; "full" is the published size.
     seed: of what is drawn and of the split.
     source: folder or file with the published data, for sets that are read; None where the set makes its own.
-    workers: processes to use; the result does not depend on it.
+    workers: threads to use, 0 for one on each core; the result does not depend on it.
     progress: called as progress(done, total) now and then.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from ..._names import unknown
-from ..labelled import Labelled
+from ..labelled import CARD, Labelled
 
 # Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
 _SETS: dict[str, str] = {
@@ -77,10 +82,17 @@ def prepare(
     *,
     seed: int = 0,
     source: Path | None = None,
-    workers: int = 1,
+    workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    verify: bool = False,
 ) -> Labelled:
     """The set from `root()`, made and saved there if it is not there yet.
+
+    Args:
+        source: your copy of the published data. If what is there was made from something else, it is replaced; without
+            a source what is there is taken, whatever it was made from.
+        workers: 0 for one on each core, up to 16.
+        verify: compare the checksums of a set that is there already.
 
     Raises:
         ValueError: unknown name or profile, or what the maker says about its source.
@@ -89,11 +101,53 @@ def prepare(
     if profile not in PROFILES:
         raise ValueError(unknown("profile", profile, PROFILES))
     folder = root() / f"{name}-{profile}-{seed}"
-    if (folder / "card.json").is_file():
-        return Labelled.load(folder)
+    path = None if source is None else str(source.resolve())
+    if (folder / CARD).is_file():
+        data = Labelled.load(folder, verify=verify)
+        if path in (None, data.settings.get("path")):
+            return data
     data = make(profile, seed=seed, source=source, workers=workers, progress=progress or _silent)
-    data.save(folder)
+    if path is not None:
+        data = replace(data, settings={**data.settings, "path": path})
+    _put(data, folder)
+    shutil.rmtree(parts(name, profile, seed), ignore_errors=True)
     return Labelled.load(folder)
+
+
+def made() -> list[Path]:
+    """Folders of the sets in `root()`."""
+    return sorted(card.parent for card in root().glob(f"[!.]*/{CARD}"))
+
+
+def baselines(data: Labelled) -> dict[str, float]:
+    """Test accuracy of what a model has to beat: the most frequent label, and what else the set's maker knows."""
+    counts = np.bincount(data.train.labels, minlength=data.n_classes)
+    most_frequent = float((np.asarray(data.test.labels) == counts.argmax()).mean())
+    more = own(data.name, "baselines")
+    return {"most frequent label": most_frequent, **(more(data) if more else {})}
+
+
+def own(name: str, function: str) -> Callable[..., Any] | None:
+    """What the module of a set offers besides its maker: `baselines(data)`, or `outline(tokens)` for previews."""
+    if name not in _SETS:
+        return None
+    return getattr(import_module(f"{__name__}.{_SETS[name].split(':')[0]}"), function, None)
+
+
+# ---- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _put(data: Labelled, folder: Path) -> None:
+    """Save under another name first, so that a set is there whole or not at all."""
+    new, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    try:
+        data.save(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _silent(done: int, total: int) -> None:

@@ -38,3 +38,13 @@ def blocks(work: Callable[[int, int], T], first: int, count: int, size: int, wor
         finally:
             # Without this, leaving early would first wait for all that is still in the queue.
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def full_only(profile: str) -> None:
+    """For a set whose published files are its full profile.
+
+    Raises:
+        ValueError: another profile.
+    """
+    if profile != "full":
+        raise ValueError(f"source: the published files are the full profile; want --profile full, got {profile}")

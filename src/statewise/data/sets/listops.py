@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..labelled import SPLITS, Labelled, Ragged, Split
-from ._workers import blocks
+from ._workers import blocks, full_only
 
 # The vocabulary of the S4 paper: no parentheses, three special tokens first. The ids are those of listops_numba.py.
 SYMBOLS = ("<pad>", "<unk>", "<eos>", "]", *"0123456789", "[MIN", "[MAX", "[MED", "[SM")
@@ -60,9 +60,10 @@ def make(
     Raises:
         ValueError: a file is missing, a line is no expression, or its label is not its value.
     """
-    size = PROFILES[profile]
     if source is not None:
+        full_only(profile)
         return _read(source, progress)
+    size = PROFILES[profile]
     total = sum(size.rows)
     tokens, labels = generate(total, seed=seed, grammar=size.grammar, workers=workers, progress=progress)
     ends = np.cumsum(size.rows)

@@ -15,7 +15,7 @@ import numpy as np
 from ..._names import unknown
 from ..labelled import Labelled, Split
 from ._rows import Rows
-from ._workers import blocks
+from ._workers import blocks, full_only
 from .pathfinder_stamps import Style, tables
 
 # Path-X is the one of 128 x 128.
@@ -135,6 +135,7 @@ def _make(
     if source is not None:
         from .pathfinder_files import read
 
+        full_only(profile)
         splits, settings = read(source, size, workers, progress)
         return _labelled(size, splits, settings)
     difficulty, rows = PROFILES[profile]

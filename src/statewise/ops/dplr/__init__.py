@@ -14,12 +14,14 @@ from .._backend import resolve
 from .._precision import no_autocast
 from .._register import differentiable, operator
 from .._spec import OpSpec, register
-from ..lti import documents
 from ..lti import diagonal_ssm_apply as dplr_ssm_apply
+from ..lti import documents
+from ..lti.convolution import convolve
 from ..lti.forms import CHUNK
-from . import forms, reference
+from . import forms, kernel, reference
+from .cauchy import cauchy
 
-__all__ = ["dplr_kernel", "dplr_ssm", "dplr_ssm_apply", "dplr_ssm_matrix", "dplr_ssm_step"]
+__all__ = ["cauchy", "dplr_kernel", "dplr_ssm", "dplr_ssm_apply", "dplr_ssm_matrix", "dplr_ssm_step"]
 
 _OP = "dplr_ssm"
 ALGORITHMS = ("fft", "chunk", "recurrent")
@@ -27,32 +29,58 @@ ALGORITHMS = ("fft", "chunk", "recurrent")
 _FEW = 16
 
 
-def _check_coefficients(w, p, b, c, D, sizes: dict[str, int]) -> None:
+def _check_coefficients(w, p, b, c, sizes: dict[str, int]) -> None:
     for name, t, want in (("w", w, ("D", "N")), ("p", p, ("R", "D", "N")), ("b", b, ("D", "N")), ("c", c, ("D", "N"))):
+        if t is None:
+            continue
         _checks.shape(_OP, name, t, want, sizes)
         if not t.is_complex():
-            raise TypeError(f"{_OP}: {name}: want a complex tensor (modes are halves of conjugate pairs), got {t.dtype}")
-    if D is not None:
-        _checks.shape(_OP, "D", D, ("D",), sizes)
+            raise TypeError(
+                f"{_OP}: {name}: want a complex tensor (modes are halves of conjugate pairs), got {t.dtype}"
+            )
 
 
-def dplr_kernel(w: Tensor, p: Tensor, b: Tensor, c: Tensor, length: int) -> Tensor:
+def dplr_kernel(
+    w: Tensor,
+    p: Tensor,
+    b: Tensor,
+    c: Tensor,
+    length: int,
+    *,
+    algorithm: Literal["cauchy", "powers"] | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """The kernel K_l = 2 Re(c A^l B), l = 0 ... length - 1, of the system of `dplr_ssm`.
 
     Args:
         w, p, b: as in `dplr_ssm`.
         c: (..., D, N), complex; one kernel for each of the leading axes, at little extra cost.
+        length: L >= 0.
+        algorithm: "cauchy" (the generating function at the roots of unity: a Cauchy product, the Woodbury identity and
+            a Fourier transform), "powers" (products of dense powers of A), or None: "cauchy".
+        backend: of the Cauchy product, see `cauchy`.
 
     Returns:
-        (..., D, length), real. Differentiable.
+        (..., D, length), real, in the precision of w. Differentiable; the backward pass makes the kernel once more
+        instead of keeping what it was made from.
+
+    Both algorithms square the dense step of 2 N real numbers log2(L) times, which is most of their cost for short rows.
+
+    Source: S4 (Gu et al., 2021), section 3.2, Algorithm 1.
     """
-    lead = c.shape[:-2]
-    _check_coefficients(w, p, b, c.reshape(-1, *c.shape[-2:])[0] if c.numel() else c, None, {})
     if length < 0:
         raise ValueError(f"dplr_kernel: length: want 0 or more, got {length}")
+    if algorithm is not None and algorithm not in kernel.ALGORITHMS:
+        want = ", ".join(kernel.ALGORITHMS)
+        raise ValueError(f"dplr_kernel: algorithm: want one of {want} or None, got {algorithm!r}")
+    sizes: dict[str, int] = {}
+    lead = tuple(c.shape[:-2])
+    _check_coefficients(w, p, b, None, sizes)
+    _checks.shape("dplr_kernel", "c", c, (*lead, "D", "N"), sizes)
+    _checks.same_kind("dplr_kernel", ("w", w.real), w=w, p=p, b=b, c=c)
     with no_autocast(w):
-        system = forms.System(w, p, b, c.reshape(-1, *c.shape[-2:]))
-        return system.kernel(length).reshape(*lead, w.shape[0], length)
+        taps = kernel.recomputed(w, p, b, c.reshape(-1, *w.shape), length, algorithm or "cauchy", backend)
+        return taps.reshape(*lead, w.shape[0], length)
 
 
 def reasons(**_) -> dict[str, str | None]:
@@ -173,7 +201,9 @@ def dplr_ssm(
     """
     sizes: dict[str, int] = {}
     _checks.shape(_OP, "u", u, ("B", "L", "D"), sizes)
-    _check_coefficients(w, p, b, c, D, sizes)
+    _check_coefficients(w, p, b, c, sizes)
+    if D is not None:
+        _checks.shape(_OP, "D", D, ("D",), sizes)
     if state is not None:
         _checks.shape(_OP, "state", state, ("B", "D", "N"), sizes)
     if u.is_complex():
@@ -201,9 +231,12 @@ def run(u, w, p, b, c, D, state, seg, algorithm) -> tuple[Tensor, Tensor]:
 def _closed_form(chosen, u, w, p, b, c, D, state, seg) -> tuple[Tensor, Tensor]:
     real, dtype = reference.lift(u)
     length, v = u.shape[1], u.to(real)
-    system = forms.System(*(t.to(dtype) for t in (w, p, b, c.unsqueeze(0))))
-    if seg is None:
-        y, last = (system.fft if chosen == "fft" else system.chunk)(v)
+    w, p, b, c = (t.to(dtype) for t in (w, p, b, c))
+    system = forms.System(w, p, b, c.unsqueeze(0))
+    if chosen == "fft":
+        y, last = convolve(v.mT, dplr_kernel(w, p, b, c, length)).mT, system.last_state(v)
+    elif seg is None:
+        y, last = system.chunk(v)
     else:
         v = seg.mask(v)
         order, document = documents.compact(seg)

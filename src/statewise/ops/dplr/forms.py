@@ -2,7 +2,9 @@
 
 A state of N complex modes is M = 2 N real numbers, and one step without input is a dense (M, M) matrix, I + E. It is a
 contraction (Re w <= 0), so its powers never grow, and products of them lose nothing. What is kept of I + E is E: the
-square of I + E is I + (2 E + E E), and so a mode that decays slowly keeps the digits of its decay.
+square of I + E is I + (2 E + E E), and so a mode that decays slowly keeps the digits of its decay. The system is
+computed in float64 whatever the tokens are, and rounded where it meets them: it is small, and S4 is known for a
+convolution and a recurrence that disagree in float32.
 
 Every form runs from a zero state; what an incoming state adds is computed on its own (`from_state`, `decayed`).
 """
@@ -13,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lti.convolution import convolve
 from ..lti.forms import chunk_size, in_chunks
 from .reference import drift, stepper
 
@@ -44,6 +45,7 @@ class System:
     """
 
     def __init__(self, w: Tensor, p: Tensor, b: Tensor, c: Tensor):
+        w, p, b, c = (t.to(torch.complex128) for t in (w, p, b, c))
         solve = stepper(w, p)
         self.b = parts(solve(b)).unsqueeze(1)  # (D, 1, M)
         self.c = 2 * parts(c.conj().resolve_conj()).transpose(0, 1)  # (D, K, M), to be dotted with states
@@ -57,6 +59,10 @@ class System:
             E = self._E[-1]
             self._E.append(torch.baddbmm(E, E, E, beta=2))
         return self._E[k]
+
+    def advance(self, k: int, x: Tensor) -> Tensor:
+        """States x (D, B, M) over 2^k steps without input."""
+        return torch.baddbmm(x, x, self.E(k).to(x.dtype))
 
     def entered(self, k: int) -> Tensor:
         """A^r b for r < 2^k, (D, 2^k, M)."""
@@ -74,6 +80,24 @@ class System:
             rows = torch.cat([rows, more + further.view(more.shape)], 2)
             j += 1
         return rows
+
+    def truncated(self, length: int) -> Tensor:
+        """c (1 - A^length), complex, (K, D, N): its generating function is that of the first `length` taps."""
+        lost: Tensor | int = 0  # c (A^steps - 1) for the steps so far; the small numbers keep their digits
+        for k in range(length.bit_length()):
+            if length >> k & 1:
+                lost = lost + (self.c + lost) @ self.E(k).mT
+        assert isinstance(lost, Tensor)
+        return -whole(lost.transpose(0, 1)).conj().resolve_conj() / 2
+
+    def restored(self, length: int) -> Tensor:
+        """c of a system whose read-outs are c (1 - A^length): the inverse of `truncated`, (K, D, N)."""
+        lost = torch.zeros_like(self.E(0))  # A^steps - 1
+        for k in range(length.bit_length()):
+            if length >> k & 1:
+                lost = lost + self.E(k) + lost @ self.E(k)
+        rows = torch.linalg.solve(lost.neg(), self.c.mT).mT
+        return whole(rows.transpose(0, 1)).conj().resolve_conj() / 2
 
     def emitted(self, k: int) -> Tensor:
         """c A^(j + 1) for j < 2^k of a single read-out, (D, 2^k, M)."""
@@ -94,18 +118,18 @@ class System:
         rows, j = x.unsqueeze(2), k  # (D, B, chunks, M)
         while rows.shape[2] < chunks:
             more = rows[:, :, : chunks - rows.shape[2]]
-            rows = torch.cat([rows, more + more @ self.E(j).unsqueeze(1)], 2)
-            j += 1
-        return (rows @ self.emitted(k).mT.unsqueeze(1)).flatten(2)[..., :length]
+            further = self.advance(j, more.flatten(1, 2)).view(more.shape)
+            rows, j = torch.cat([rows, further], 2), j + 1
+        return (rows @ self.emitted(k).to(x.dtype).mT.unsqueeze(1)).flatten(2)[..., :length]
 
     def decayed(self, x: Tensor, steps: Tensor | int) -> Tensor:
         """A^steps x: x (D, B, M), steps an integer or (B,)."""
         if isinstance(steps, int):
             for k in range(steps.bit_length()):
-                x = torch.baddbmm(x, x, self.E(k)) if steps >> k & 1 else x
+                x = self.advance(k, x) if steps >> k & 1 else x
             return x
         for k in range(int(steps.max()).bit_length() if len(steps) else 0):
-            x = torch.where((steps >> k & 1).bool().view(1, -1, 1), torch.baddbmm(x, x, self.E(k)), x)
+            x = torch.where((steps >> k & 1).bool().view(1, -1, 1), self.advance(k, x), x)
         return x
 
     def last_state(self, u: Tensor) -> Tensor:
@@ -118,22 +142,17 @@ class System:
         chunks = max(-(-length >> k), 1)
         chunks = 1 << (chunks - 1).bit_length()
         u = F.pad(u.permute(2, 0, 1), ((chunks << k) - length, 0)).reshape(D, B * chunks, 1 << k)
-        rows = (u @ self.entered(k).flip(1)).view(D, B, chunks, -1)
+        rows = (u @ self.entered(k).flip(1).to(u.dtype)).view(D, B, chunks, -1)
         while rows.shape[2] > 1:
             first, second = rows[:, :, ::2], rows[:, :, 1::2]
-            rows = second + first + first @ self.E(k).unsqueeze(1)
-            k += 1
+            rows, k = second + self.advance(k, first.flatten(1, 2)).view(first.shape), k + 1
         return rows.squeeze(2)
 
-    def fft(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B, L, D) from a zero state -> y (B, L, D), last state (D, B, M). One document a row, no padding."""
-        return convolve(u.mT, self.kernel(u.shape[1])[0]).mT, self.last_state(u)
-
     def chunk(self, u: Tensor, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `fft`, by matrix products inside chunks; `document` as in `lti.forms.in_chunks`."""
+        """u (B, L, D) from a zero state -> y (B, L, D), last state (D, B, M); `document` as in `in_chunks`."""
         size = chunk_size(u.shape[1])
         k = size.bit_length() - 1
-        inject, E = self.entered(k).flip(1), self.E(k)
-        return in_chunks(
-            u, self.kernel(size)[0], inject, self.emitted(k), lambda x: torch.baddbmm(x, x, E), document
-        )  # fmt: skip
+        wide = self.kernel(size)[0], self.entered(k).flip(1), self.emitted(k)
+        kernel, inject, emit = (t.to(u.dtype) for t in wide)
+        E = self.E(k).to(u.dtype)
+        return in_chunks(u, kernel, inject, emit, lambda x: torch.baddbmm(x, x, E), document)

@@ -54,7 +54,7 @@ class Comparison:
         took = step_time(single)
         if took is None:
             return None
-        options = self.plan.options
+        options = self.plan.options[label]
         steps = max(round(60 * self.plan.minutes / took), 1)
         share = {
             name: max(round(options[name] * steps / options["steps"]), least)
@@ -82,7 +82,7 @@ class Comparison:
     def final_jobs(self, label: str) -> list[Job]:
         """One for each seed; none while the learning rate or the number of steps is not known."""
         tuning, budget = self.tuning(label), self.budget(label)
-        lr = self.plan.options["lr"] if tuning is None else tuning.chosen
+        lr = self.plan.options[label]["lr"] if tuning is None else tuning.chosen
         if lr is None or budget is None:
             return []
         return [self.plan.final(self.out, label, seed, lr, **budget) for seed in self.plan.seeds]
@@ -148,7 +148,8 @@ def learn_facts(
                 own["d_model"] = width
                 recipe = made(**own)
         flops, uncounted = step_flops(recipe)
-        models[label] = Fact(own, parameters(recipe.model), flops, uncounted, describe(recipe))
+        before = recipe.before.recipe.name if recipe.before else None
+        models[label] = Fact(own, parameters(recipe.model), flops, uncounted, describe(recipe), before)
         told(label, models[label])
     if recipe is None:
         if known is None:

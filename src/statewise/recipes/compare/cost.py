@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from ...data.steps import Batch
 from ...ops import OPS
 
-_BUILDS = 12  # models built at most in the search for a width
+_BUILDS = 24  # models built at most in the search for a width
 _aten = torch.ops.aten
 
 
@@ -119,8 +120,10 @@ def _formula(kernel: str) -> Callable[[Any], int] | None:
     return getattr(OPS[op].load_cases(), "flops", None) if op in OPS else None
 
 
-def _first(batch: Any, rows: int) -> Any:
-    return type(batch)(*(None if x is None else x[:rows] for x in batch))
+def _first(batch: Batch, rows: int) -> Batch:
+    tokens, targets, seg = batch
+    inputs = slice(rows * (len(tokens) // len(targets)))  # a target may be that of several rows
+    return Batch(tokens[inputs], targets[:rows], None if seg is None else seg[inputs])
 
 
 def step_flops(recipe: Any) -> tuple[int, list[str]]:
@@ -144,8 +147,8 @@ def step_flops(recipe: Any) -> tuple[int, list[str]]:
 # ---- width ---------------------------------------------------------------------------------------------------------
 
 
-def match_width(count: Callable[[int], int], start: int, target: int, grain: int = 8) -> tuple[int, int]:
-    """The width, a multiple of `grain`, whose count is nearest to `target` among those tried.
+def match_width(count: Callable[[int], int], start: int, target: int) -> tuple[int, int]:
+    """The width whose count is nearest to `target` among those tried: multiples of 8, or finer if widths are small.
 
     Args:
         count: parameters of the model of a width; raises ValueError or TypeError for widths that it does not take.
@@ -157,7 +160,7 @@ def match_width(count: Callable[[int], int], start: int, target: int, grain: int
     Raises:
         ValueError: what `count(start)` raises.
     """
-    known = {start: count(start)}
+    known, grain = {start: count(start)}, min(max(start // 16, 1), 8)
     refused: set[int] = set()
     while len(known) + len(refused) < _BUILDS:
         best = min(known, key=lambda w: abs(known[w] - target))

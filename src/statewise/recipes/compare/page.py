@@ -7,8 +7,15 @@ from pathlib import Path
 import yaml
 
 from .. import html
+from .plan import Plan
 from .report import Report
 from .tables import difference_rows, model_rows, run_rows, tuning_rows
+
+
+def option_rows(plan: Plan) -> list[list[str]]:
+    """Every option, with a value for each model."""
+    names = dict.fromkeys(name for options in plan.options.values() for name in options)
+    return [[name, *(str(options.get(name)) for options in plan.options.values())] for name in names]
 
 
 def page(report: Report, out: Path, picture: str) -> str:
@@ -40,7 +47,7 @@ def page(report: Report, out: Path, picture: str) -> str:
         html.heading("Models"),
         html.facts({label: report.facts.models[label].description for label in report.plan.models}),
         html.heading("Options"),
-        html.facts(report.plan.options),
+        html.table(["option", *report.plan.models], option_rows(report.plan)),
         html.heading("Models as they were given"),
         html.code(yaml.safe_dump(dict(report.plan.models), sort_keys=False).strip()),
         html.heading("How to go on"),

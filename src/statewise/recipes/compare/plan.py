@@ -15,6 +15,8 @@ from ...training.directory import read_config
 
 TUNING_SEED = 1000  # far from the seeds that people choose, so that no reported run was tuned on
 SPEED_MINUTES = 0.25  # of training, to learn how long a step takes
+# What every model gets alike, whatever a recipe takes as the best for it.
+BUDGET = ("steps", "batch_size", "eval_every", "checkpoint_every", "precision")
 CLOSE = 0.05  # parameter counts that differ by less count as equal
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -132,7 +134,9 @@ class Plan:
         recipe: name of the recipe.
         models: label -> `model` of the recipe.
         seeds: one run for each model and seed.
-        options: every other option of the recipe, flat as in config.yaml; the same for all models.
+        given: options of the recipe as they were typed, the same for all models.
+        options: label -> every option of the recipe but model and seed, flat as in config.yaml. Recipes may have
+            defaults that depend on the model; the budget is that of the first model for all, see `equal_budget`.
         lrs: learning rates tried for each model on `tuning_seed`; empty means the one in `options`, untuned.
         minutes: training time of a run, by which the number of steps is chosen; None means the steps in `options`.
         match: "parameters" if widths are chosen so that all models have as many as the first; or None.
@@ -141,7 +145,8 @@ class Plan:
     recipe: str
     models: Mapping[str, Any]
     seeds: tuple[int, ...]
-    options: Mapping[str, Any]
+    given: tuple[str, ...]
+    options: Mapping[str, Mapping[str, Any]]
     lrs: tuple[float, ...] = ()
     tuning_seed: int = TUNING_SEED
     minutes: float | None = None
@@ -158,7 +163,17 @@ class Plan:
 
     def config(self, model: str, seed: int, **changes: Any) -> dict[str, Any]:
         """config.yaml of a run."""
-        return {"recipe": self.recipe, **self.options, "model": self.models[model], "seed": seed, **changes}
+        return {"recipe": self.recipe, **self.options[model], "model": self.models[model], "seed": seed, **changes}
+
+    def shared(self, name: str) -> Any:
+        """An option that is the same for all models."""
+        return next(iter(self.options.values()))[name]
+
+    def differing(self) -> dict[str, dict[str, Any]]:
+        """Options whose values depend on the model: name -> {label: value}."""
+        names = dict.fromkeys(name for options in self.options.values() for name in options)
+        found = {name: {label: o.get(name) for label, o in self.options.items()} for name in names}
+        return {name: v for name, v in found.items() if any(x != next(iter(v.values())) for x in v.values())}
 
     # ---- directories -----------------------------------------------------------------------------------------------
 
@@ -179,7 +194,7 @@ class Plan:
         """A short run for the time of a step. It has steps for ever and is ended by the clock, without validation."""
         endless = {"steps": 10**9, "eval_every": 10**9, "checkpoint_every": 10**9, "log_every": 1}
         config = self.config(model, self.tuning_seed, **changes, **endless, max_minutes=SPEED_MINUTES)
-        return Job("speed", model, self.tuning_seed, self.options["lr"], out / "speed" / model, config)
+        return Job("speed", model, self.tuning_seed, self.options[model]["lr"], out / "speed" / model, config)
 
     # ---- the file --------------------------------------------------------------------------------------------------
 
@@ -201,8 +216,8 @@ class Plan:
         content = read_config(path)
         names = [f.name for f in fields(cls)]
         strange = [k for k in content if k not in names]
-        if strange or not {"recipe", "models", "seeds", "options"} <= set(content):
-            raise ValueError(f"{path}: want recipe, models, seeds and options; got {', '.join(map(str, content))}")
+        if strange or not {"recipe", "models", "seeds", "given", "options"} <= set(content):
+            raise ValueError(f"{path}: want recipe, models, seeds, given, options; got {', '.join(map(str, content))}")
         models, seeds, lrs = content["models"], content["seeds"], content.get("lrs") or []
         if not isinstance(models, dict) or not all(isinstance(m, str) and _LABEL.fullmatch(m) for m in models):
             raise ValueError(f"{path}: models: want a mapping of label: model")
@@ -210,9 +225,12 @@ class Plan:
             raise ValueError(f"{path}: seeds: want a list of numbers, got {seeds!r}")
         if not isinstance(lrs, list) or not all(isinstance(r, (int, float)) for r in lrs):
             raise ValueError(f"{path}: lrs: want a list of numbers, got {lrs!r}")
-        if not isinstance(content["options"], dict) or "lr" not in content["options"]:
-            raise ValueError(f"{path}: options: want all options of the recipe, lr among them")
-        return cls(**{**content, "seeds": tuple(seeds), "lrs": tuple(map(float, lrs))})
+        given, options = content["given"], content["options"]
+        if not isinstance(given, list) or not all(isinstance(word, str) for word in given):
+            raise ValueError(f"{path}: given: want a list of words, got {given!r}")
+        if not isinstance(options, dict) or not all(set(BUDGET) < set(options.get(label) or ()) for label in models):
+            raise ValueError(f"{path}: options: want all options of the recipe for each of {', '.join(models)}")
+        return cls(**{**content, "seeds": tuple(seeds), "given": tuple(given), "lrs": tuple(map(float, lrs))})
 
     def extended(self, other: Plan, out: Path) -> Plan:
         """This plan with the models and seeds of `other` added; everything else must be the same.
@@ -220,19 +238,29 @@ class Plan:
         Raises:
             ValueError: naming the first difference.
         """
-        mine, yours = asdict(self), asdict(other)
         for name in ("recipe", "lrs", "tuning_seed", "minutes", "match"):
-            if mine[name] != yours[name]:
-                raise ValueError(_another(out, name, mine[name], yours[name]))
-        for name in mine["options"] | yours["options"]:
-            here, there = mine["options"].get(name), yours["options"].get(name)
-            if here != there:
-                raise ValueError(_another(out, name, here, there))
+            if (here := getattr(self, name)) != (asked := getattr(other, name)):
+                raise ValueError(_another(out, name, here, asked))
+        together = equal_budget({**other.options, **self.options}, next(iter(self.models)))
+        asked_for = equal_budget({**self.options, **other.options}, next(iter(self.models)))
         for label, spec in other.models.items():
             if self.models.get(label, spec) != spec:
                 raise ValueError(_another(out, f"model {label}", self.models[label], spec))
+            for name, here in self.options.get(label, {}).items():
+                if here != (asked := asked_for[label].get(name)):
+                    raise ValueError(_another(out, name, here, asked))
+        models = {**self.models, **other.models}
         seeds = (*self.seeds, *(s for s in other.seeds if s not in self.seeds))
-        return replace(self, models={**self.models, **other.models}, seeds=seeds)
+        return replace(self, models=models, seeds=seeds, options={label: together[label] for label in models})
+
+
+def equal_budget(options: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, dict[str, Any]]:
+    """Options of all models with the budget of the first; a warm-up keeps its share of the steps."""
+    budget = {name: options[first][name] for name in BUDGET}
+    return {
+        label: {**own, **budget, "warmup": round(own["warmup"] * budget["steps"] / own["steps"])}
+        for label, own in options.items()
+    }
 
 
 def _another(out: Path, name: str, here: Any, asked: Any) -> str:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, BinaryIO
 
 from rich.console import Console
@@ -188,7 +189,7 @@ class Pool:
         state, message = state_of(job.path)
         row = last_row(RunDirectory(job.path).metrics)
         if state == DIVERGED:
-            self._say(f"[yellow]{escape(job.name)}: diverged[/] ({escape(message)})")
+            self._say(f"[yellow]{escape(job.name)}: diverged[/] ({escape(shorten(message, 90))})")
         elif state == FINISHED:
             value = row.get(f"val_{self.headline}")
             spent = float(row.get("seconds", 0))

@@ -81,16 +81,25 @@ def collect(comparison: Comparison) -> Report:
 
 
 def _budget_notes(plan: Plan, facts: Facts) -> list[str]:
-    options = plan.options
     notes = []
     if plan.minutes is None:
-        notes.append(f"Same budget: {options['steps']:,} steps of {options['batch_size']} rows for every model.")
+        steps, rows = plan.shared("steps"), plan.shared("batch_size")
+        notes.append(f"Same budget: {steps:,} steps of {rows} rows for every model.")
     else:
         notes.append(
             f"Same budget: {plan.minutes:g} minutes of training for every model. The number of steps follows from the "
             f"time of a step, measured before on an idle machine; with other work beside it a run takes longer."
         )
     notes.append("Same data: a seed means the same batches in the same order for every model.")
+    differing = [name for name in plan.differing() if name not in ("lr", "warmup")]
+    if differing:
+        notes.append(f"Other options that the recipe takes for each model by itself: {', '.join(differing)}.")
+    first = {label: fact.before for label, fact in facts.models.items() if fact.before and label in plan.models}
+    if first:
+        notes.append(
+            f"**Before this training came another ({', '.join(sorted(set(filter(None, first.values()))))}); its steps "
+            f"are not in the times and FLOPs here.**"
+        )
     counts = {label: facts.models[label].parameters for label in plan.models}
     least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
     if counts[most] > (1 + CLOSE) * counts[least]:
@@ -115,9 +124,13 @@ def _budget_notes(plan: Plan, facts: Facts) -> list[str]:
 
 
 def _tuning_notes(plan: Plan, tunings: Sequence[Tuning]) -> list[str]:
+    rates = {label: options["lr"] for label, options in plan.options.items()}
+    if not plan.lrs and len(set(rates.values())) > 1:
+        told = ", ".join(f"{label} {rate:g}" for label, rate in rates.items())
+        return [f"No tuning here: every model has the learning rate that the recipe takes for it ({told})."]
     if not plan.lrs:
         return [
-            f"No tuning: every model was trained with the learning rate {plan.options['lr']:g}, which may suit one "
+            f"No tuning: every model was trained with the learning rate {plan.shared('lr'):g}, which may suit one "
             f"better than another. `--lrs` tries a grid for each."
         ]
     grid = ", ".join(f"{rate:g}" for rate in plan.lrs)
@@ -140,10 +153,8 @@ def _run_notes(plan: Plan, summaries: Sequence[Summary], runs: Sequence[Run]) ->
     notes = []
     for summary in summaries:
         if summary.diverged:
-            notes.append(
-                f"**{summary.model}: {summary.diverged} of {len(plan.seeds)} runs diverged; its mean is over the "
-                f"others, which flatters it.**"
-            )
+            told = "its mean is over the others, which flatters it" if summary.values else "it has no figure"
+            notes.append(f"**{summary.model}: {summary.diverged} of {len(plan.seeds)} runs diverged; {told}.**")
         if summary.missing or not (summary.values or summary.diverged):
             left = summary.missing or len(plan.seeds)
             notes.append(f"**{summary.model}: {left} of {len(plan.seeds)} runs are not finished.**")

@@ -32,6 +32,7 @@ class Fact:
         options: options of the recipe that are this model's own, such as a matched width.
         flops: operations of one training step; `uncounted` names ops that are not among them.
         description: mixers, depth and width.
+        before: a training that comes first, such as the one without labels; or None.
     """
 
     options: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Fact:
     flops: int
     uncounted: Sequence[str]
     description: str
+    before: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""The convolution kernel of a diagonal-plus-low-rank system, made again in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cauchy import generating
+from .forms import System
+
+ALGORITHMS = ("cauchy", "powers")
+# Numbers that the graph of one block of channels may hold in the backward pass: 64 megabytes of float32.
+_NUMBERS = 1 << 24
+
+
+def kernel(
+    w: Tensor, p: Tensor, b: Tensor, c: Tensor, length: int, algorithm: str, backend: str | None
+) -> Tensor:  # fmt: skip
+    """2 Re(c A^l B), l < length, for K read-outs c (K, D, N): (K, D, length), real, in the precision of w."""
+    if length == 0:
+        return w.real.new_zeros(*c.shape[:2], 0) * c.real.sum()
+    system = System(w, p, b, c)
+    taps = system.kernel(length) if algorithm == "powers" else generating(
+        w, p, b, system.truncated(length), length, backend
+    )  # fmt: skip
+    return taps.to(w.real.dtype)
+
+
+class _Recomputed(torch.autograd.Function):
+    """Keeps the coefficients only. Block by block of channels the backward pass makes the kernel once more."""
+
+    @staticmethod
+    def forward(ctx: Any, w, p, b, c, length, algorithm, backend) -> Tensor:
+        ctx.save_for_backward(w, p, b, c)
+        ctx.options = length, algorithm, backend
+        return torch.cat([kernel(*part, length, algorithm, backend) for part in _blocks(w, p, b, c, length)], -2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dk,), length = grads, ctx.options[0]
+        found, start = [], 0
+        for part in _blocks(*ctx.saved_tensors, length):
+            leaves = [t.detach().requires_grad_() for t in part]
+            with torch.enable_grad():
+                taps = kernel(*leaves, *ctx.options)
+            found.append(torch.autograd.grad(taps, leaves, dk[:, start : start + taps.shape[1]]))
+            start += taps.shape[1]
+        return *(torch.cat(parts, -2) for parts in zip(*found)), None, None, None
+
+
+def _blocks(w: Tensor, p: Tensor, b: Tensor, c: Tensor, length: int) -> list[tuple[Tensor, ...]]:
+    D, N = w.shape
+    products = (len(c) + len(p)) * (1 + len(p))
+    size = max(1, _NUMBERS // (4 * N * N * max(length, 1).bit_length() + 16 * products * max(length, 1)))
+    count = max(1, -(-D // size))
+    # Of equal size, so that no thread waits for the last one.
+    return list(zip(*(t.tensor_split(count, -2) for t in (w, p, b, c))))
+
+
+def recomputed(
+    w: Tensor, p: Tensor, b: Tensor, c: Tensor, length: int, algorithm: str, backend: str | None
+) -> Tensor:  # fmt: skip
+    """As `kernel`. Memory of the backward pass is a constant plus what inputs and result need."""
+    if torch.compiler.is_compiling():
+        return kernel(w, p, b, c, length, algorithm, backend)
+    return _Recomputed.apply(w, p, b, c, length, algorithm, backend)
