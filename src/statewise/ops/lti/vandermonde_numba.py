@@ -33,7 +33,7 @@ def _turn(zr, zi, sr, si):
 
 @common.kernel
 def _forward(start, stop, worker, c_r, c_i, fine_r, fine_i, coarse_r, coarse_i, step_r, step_i, out):
-    (K, D, N), padded = c_r.shape, out.shape[2]
+    D, N, padded = c_r.shape[1], c_r.shape[2], out.shape[2]
     zr, zi = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     for task in range(start, stop):
         k, d = task // D, task % D
@@ -58,8 +58,7 @@ def _forward(start, stop, worker, c_r, c_i, fine_r, fine_i, coarse_r, coarse_i, 
 def _backward(
     start, stop, worker, dk, c_r, c_i, fine_r, fine_i, coarse_r, coarse_i, step_r, step_i, d_log_r, d_log_i, d_r, d_i
 ):
-    K, D, N = c_r.shape
-    padded = dk.shape[2]
+    K, N, padded = c_r.shape[0], c_r.shape[2], dk.shape[2]
     zr, zi = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     sums, lagged = np.empty((2, BLOCK), np.float32), np.empty((2, BLOCK), np.float32)
     late = np.empty(SEGMENT, np.float32)
