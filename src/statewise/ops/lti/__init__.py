@@ -16,7 +16,6 @@ from .._register import differentiable, operator
 from .._spec import OpSpec, Summary, register
 from . import documents, fixed, forms, reference
 from .convolution import convolve
-from .vandermonde import vandermonde
 
 __all__ = [
     "diagonal_kernel",
@@ -121,9 +120,7 @@ def _per_document(u: Tensor, kernel: Tensor, seg: Segments, backend: str | None)
     return y.view(B, L, D)
 
 
-def diagonal_kernel(
-    log_a: Tensor, coeff: Tensor, length: int, *, conjugate: bool = True, backend: str | None = None
-) -> Tensor:
+def diagonal_kernel(log_a: Tensor, coeff: Tensor, length: int, *, conjugate: bool = True) -> Tensor:
     """The kernel K_l = sum_n coeff_n exp(l log_a_n), l = 0 ... length - 1 (a Vandermonde product).
 
     Args:
@@ -131,10 +128,9 @@ def diagonal_kernel(
         coeff: (..., D, N), the products c_n b_n.
         conjugate: the modes stand for conjugate pairs of which one half is stored: twice the real part is returned.
             False: the real part. Without effect on real modes.
-        backend: "numba" (complex modes in single precision on CPU), "reference" (matrix products), or None.
 
     Returns:
-        (..., D, length), real. About 2 sqrt(length) powers per mode are held or fewer, never (D, N, length). Phases are
+        (..., D, length), real. About 2 sqrt(length) powers per mode are held, never (D, N, length). Phases are
         computed in float64, so in float32 the result is within a few units of rounding times sum_n |coeff_n|.
 
     Source: S4D (Gu et al., 2022), section 3.2; DSS (Gupta et al., 2022), Proposition 1.
@@ -148,7 +144,7 @@ def diagonal_kernel(
         raise ValueError(f"diagonal_kernel: length: want 0 or more, got {length}")
     dtype = torch.promote_types(log_a.dtype, coeff.dtype)
     with no_autocast(log_a):
-        kernel = vandermonde(log_a.to(dtype), coeff.to(dtype), length, backend)
+        kernel = forms.vandermonde(log_a.to(dtype), coeff.to(dtype), length)
     return 2 * kernel if dtype.is_complex and conjugate else kernel
 
 
@@ -323,11 +319,8 @@ def closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg) -> tuple[Tenso
     v, log_a, b, c = u.to(real), log_a.to(dtype), b.to(dtype), c.to(dtype)
     if dtype.is_complex and conjugate:
         c = 2 * c
-    if chosen == "fft":
-        taps = vandermonde(log_a, c * b, v.shape[1])
-        y, last = convolve(v.mT, taps).mT, forms.last_state(v.mT, log_a, b)
-    elif seg is None:
-        y, last = forms.chunk(v, log_a, b, c)
+    if seg is None:
+        y, last = (forms.fft if chosen == "fft" else forms.chunk)(v, log_a, b, c)
     else:
         v = seg.mask(v)
         order, document = documents.compact(seg)

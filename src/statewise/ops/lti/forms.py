@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .convolution import convolve
 from .reference import powers
 
 CHUNK = 64
@@ -74,6 +75,13 @@ def last_state(u: Tensor, log_a: Tensor, b: Tensor) -> Tensor:
 def from_state(log_a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
     """What a state adds to the next outputs: c a^(t+1) h, (B, D, length)."""
     return vandermonde(log_a, c * powers(log_a, _one(log_a)).squeeze(-2) * state, length)
+
+
+def fft(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """u (B, L, D) from a zero state -> y (B, L, D), last state. One document a row, no padding."""
+    u = u.mT
+    y = convolve(u, vandermonde(log_a, c * b, u.shape[-1]))
+    return y.mT, last_state(u, log_a, b)
 
 
 def _toeplitz(kernel: Tensor, size: int, shift: int = 0) -> Tensor:
