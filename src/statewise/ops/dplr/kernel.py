@@ -12,7 +12,7 @@ from .cauchy import generating
 from .forms import System
 
 ALGORITHMS = ("cauchy", "powers")
-# Numbers that the graph of one block of channels may hold in the backward pass: 64 megabytes of float32.
+# About how many numbers the graph of one block of channels may hold in the backward pass: 128 megabytes.
 _NUMBERS = 1 << 24
 
 
