@@ -225,7 +225,7 @@ def test_weights_of_another_block_are_refused():
         load_s4_block(m, {k: v for k, v in weights.items() if k != "layer.D"})
     with pytest.raises(KeyError, match="unknown"):
         load_s4_block(S4D(6, d_state=8, n_ssm=2), weights)
-    with pytest.raises(ValueError, match=r"kernel.C: has shape"):
+    with pytest.raises(ValueError, match=r"kernel.inv_dt: has shape \(4, 1\), the mixer wants \(6,\)"):
         load_s4_block(m, block_weights(4, 8, 1, 2, 33))
     with pytest.raises(ValueError, match="l_kernel: want 0 or more, got -1"):
         load_s4_block(m, weights | {"layer.kernel.l_kernel": torch.tensor(-1)})

@@ -38,7 +38,7 @@ def nodes(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def reasons(v: Tensor, w: Tensor) -> dict[str, str | None]:
     """For each back-end, None if it serves these inputs and else why not. All of them compute in float64."""
     # Only where the tensors are matters: the kernels take float64, which others do not.
-    single = [torch.empty(0, device=t.device) for t in (v, w)]
+    single = [torch.empty(0, dtype=torch.float32, device=t.device) for t in (v, w)]
     return {"triton": triton_reason(*single), "numba": numba_reason(*single), "reference": None}
 
 

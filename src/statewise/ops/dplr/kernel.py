@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from .cauchy import generating
 from .forms import System
 
 ALGORITHMS = ("cauchy", "powers")
-# Numbers that the graph of one block of channels may hold in the backward pass: 64 megabytes of float32.
+# About how many numbers the graph of one block of channels may hold in the backward pass: 128 megabytes.
 _NUMBERS = 1 << 24
 
 
@@ -35,28 +36,32 @@ class _Recomputed(torch.autograd.Function):
     def forward(ctx: Any, w, p, b, c, length, algorithm, backend) -> Tensor:
         ctx.save_for_backward(w, p, b, c)
         ctx.options = length, algorithm, backend
-        return torch.cat([kernel(*part, length, algorithm, backend) for part in _blocks(w, p, b, c, length)], -2)
+        return torch.cat(
+            [kernel(part[0], part[1], part[2], part[3], *ctx.options) for part in _blocks((w, p, b, c), length)], -2
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (dk,), length = grads, ctx.options[0]
         found, start = [], 0
-        for part in _blocks(*ctx.saved_tensors, length):
-            leaves = [t.detach().requires_grad_() for t in part]
+        for part in _blocks(ctx.saved_tensors, length):
+            w, p, b, c = leaves = [t.detach().requires_grad_() for t in part]
             with torch.enable_grad():
-                taps = kernel(*leaves, *ctx.options)
+                taps = kernel(w, p, b, c, *ctx.options)
             found.append(torch.autograd.grad(taps, leaves, dk[:, start : start + taps.shape[1]]))
             start += taps.shape[1]
         return *(torch.cat(parts, -2) for parts in zip(*found)), None, None, None
 
 
-def _blocks(w: Tensor, p: Tensor, b: Tensor, c: Tensor, length: int) -> list[tuple[Tensor, ...]]:
+def _blocks(coefficients: Sequence[Tensor], length: int) -> list[tuple[Tensor, ...]]:
+    """w, p, b and c of blocks of channels."""
+    w, p, _, c = coefficients
     D, N = w.shape
     products = (len(c) + len(p)) * (1 + len(p))
     size = max(1, _NUMBERS // (4 * N * N * max(length, 1).bit_length() + 16 * products * max(length, 1)))
     count = max(1, -(-D // size))
     # Of equal size, so that no thread waits for the last one.
-    return list(zip(*(t.tensor_split(count, -2) for t in (w, p, b, c))))
+    return list(zip(*(t.tensor_split(count, -2) for t in coefficients)))
 
 
 def recomputed(

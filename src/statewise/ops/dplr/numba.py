@@ -137,7 +137,8 @@ def forward(alpha: Tensor, beta: Tensor, a: Tensor, x: Tensor, length: int) -> t
 
 def backward(
     d_real: Tensor, d_imag: Tensor, alpha: Tensor, beta: Tensor, a: Tensor, x: Tensor, length: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """Gradients of alpha, beta, a and x."""
     sin, cos = (t.numpy() for t in nodes(length, a.device))
     M, D, N = alpha.shape
     grads = tuple(torch.zeros(t.shape, dtype=torch.float64) for t in (alpha, beta, a, x))

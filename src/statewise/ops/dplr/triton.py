@@ -104,7 +104,8 @@ def forward(alpha: Tensor, beta: Tensor, a: Tensor, x: Tensor, length: int) -> t
 
 def backward(
     d_real: Tensor, d_imag: Tensor, alpha: Tensor, beta: Tensor, a: Tensor, x: Tensor, length: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """Gradients of alpha, beta, a and x."""
     (M, D, N), F = alpha.shape, length // 2 + 1
     grads = tuple(torch.empty(t.shape, dtype=torch.float64, device=t.device) for t in (alpha, beta, a, x))
     _backward[(D, N)](

@@ -29,7 +29,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of u, w, p, b, c, D and state (empty for absent inputs)."""
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _run(*tensors, position, valid, algorithm)
+    def run(u, w, p, b, c, D, state) -> tuple[Tensor, Tensor]:
+        return _run(u, w, p, b, c, D, state, position, valid, algorithm)
 
     return gradients(run, (u, w, p, b, c, D, state), (dy, dlast))

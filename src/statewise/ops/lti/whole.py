@@ -30,7 +30,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of u, log_a, b, c, D and state (empty for absent inputs); the forward pass is run once more."""
 
-    def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _run(*tensors, position, valid, conjugate, algorithm)
+    def run(u, log_a, b, c, D, state) -> tuple[Tensor, Tensor]:
+        return _run(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
 
     return gradients(run, (u, log_a, b, c, D, state), (dy, dlast))
