@@ -184,7 +184,7 @@ def _spectrum(u, first, second, two, row, c, count, length, re, im, points, cosi
 
 @common.kernel
 def _taps_to_spectrum(kernel, taps, future, ahead, channels, c, count, re, im, points, cosine, sine):
-    """Both kernels on one circle, where lag -1 is the last point: the past in the first half, the future in the second."""
+    """Both kernels on one circle, the past in its first half, the future in its second: lag -1 is the last point."""
     half = points // 2
     for t in range(half):
         a, b = t * LANES, (t + half) * LANES
