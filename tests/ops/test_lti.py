@@ -236,6 +236,11 @@ def test_convolution(length, taps, reverse):
     u, kernel, D = torch.randn(2, length, 3, dtype=F64), torch.randn(3, taps, dtype=F64), torch.randn(3, dtype=F64)
     y = ops.lti_conv(u, kernel, D, reverse=reverse)
     assert_agree(y, by_numpy(u, kernel, reverse) + D * u, "convolution", length)
+    future = torch.randn(3, 11, dtype=F64)
+    both = ops.lti_conv(u, kernel, D, future=future, reverse=reverse)
+    # A tap on the next position is one on this position of a kernel that begins with zero.
+    ahead = by_numpy(u, torch.cat([torch.zeros(3, 1, dtype=F64), future], 1), not reverse)
+    assert_agree(both, y + ahead, "both ways", length)
     assert ops.lti_conv(u[:, :0], kernel, D).shape == (2, 0, 3)
 
 
@@ -276,7 +281,8 @@ def test_convolution_of_a_continuing_document_starts_afresh():
 def test_convolution_has_gradients():
     u, kernel, D = (torch.randn(*s, dtype=F64, requires_grad=True) for s in ((2, 6, 2), (2, 4), (2,)))
     seg = Segments.pack([[2, 3], [6]], total=6)
-    for options in ({}, {"reverse": True}, {"seg": seg}, {"seg": seg, "reverse": True}):
+    future = torch.randn(2, 3, dtype=F64)
+    for options in ({}, {"reverse": True}, {"seg": seg}, {"seg": seg, "reverse": True}, {"seg": seg, "future": future}):
         torch.autograd.gradcheck(
             lambda *t, options=options: ops.lti_conv(*t, **options), (u, kernel, D), fast_mode=True
         )
@@ -294,8 +300,10 @@ def test_convolution_errors():
         ops.lti_conv(u, torch.randn(4, 5))
     with pytest.raises(ValueError, match="at least one tap"):
         ops.lti_conv(u, torch.randn(3, 0))
-    with pytest.raises(TypeError, match="want real"):
+    with pytest.raises(TypeError, match="want a real"):
         ops.lti_conv(u, torch.randn(3, 5, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="future: want shape"):
+        ops.lti_conv(u, torch.randn(3, 5), future=torch.randn(2, 5))
 
 
 def test_fast_lengths():
@@ -307,27 +315,30 @@ def test_fast_lengths():
 # ---- the long convolution's kernels ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ahead", [None, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("batch", "length", "width", "taps"),
-    [(1, 1, 3, 1), (2, 5, 20, 5), (3, 100, 17, 40), (2, 1000, 16, 1000), (5, 2049, 33, 2049)],
+    [(1, 1, 3, 1), (2, 5, 20, 5), (3, 100, 17, 40), (2, 1000, 16, 1000), (2, 1024, 16, 1024), (5, 2049, 33, 2049)],
 )
-def test_kernels_are_as_good_as_plain_transforms(batch, length, width, taps):
+def test_kernels_are_as_good_as_plain_transforms(batch, length, width, taps, ahead):
     u, dy = torch.randn(2, batch, length, width)
-    kernel = torch.randn(width, taps) / taps**0.5
+    kernels = [torch.randn(width, taps) / taps**0.5]
+    kernels += [] if ahead is None else [torch.randn(width, max(1, int(ahead * length))) / taps**0.5]
 
     def run(dtype, backend):
-        given = [t.to(dtype).requires_grad_() for t in (u, kernel)]
-        y = ops.lti_conv(*given, backend=backend)
+        given = [t.to(dtype).requires_grad_() for t in (u, *kernels)]
+        y = ops.lti_conv(*given[:2], future=given[2] if ahead else None, backend=backend)
         return y, *torch.autograd.grad(y, given, dy.to(dtype))
 
     fast, plain, exact = run(torch.float32, "numba"), run(torch.float32, "reference"), run(F64, "reference")
-    for name, *results in zip(("y", "du", "dkernel"), fast, plain, exact):
+    for name, *results in zip(("y", "du", "dkernel", "dfuture"), fast, plain, exact):
         assert_no_worse(*results, 3.0, name)
 
 
 def test_kernels_are_operators():
     u, kernel = torch.randn(3, 20, 5, requires_grad=True), torch.randn(5, 20, requires_grad=True)
-    torch.library.opcheck(torch.ops.statewise.long_conv_numba.default, (u, kernel))
+    for future in (None, torch.randn(5, 19, requires_grad=True)):
+        torch.library.opcheck(torch.ops.statewise.long_conv_numba.default, (u, kernel, future))
 
 
 def test_rows_too_long_for_the_kernels_are_said_to_be():

@@ -191,19 +191,15 @@ class TwoSidedSISO(SISO, HasMixing):
 
     directions = 2
 
-    def _taps(self, length: int) -> tuple[Tensor, Tensor]:
-        """The kernel over the past, and that over the future with a zero for the present token: (D, length)."""
-        before, after = self.kernels(length)
-        return before, F.pad(after[:, : max(length - 1, 0)], (1, 0))
-
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
         check_input(self, x, self.d_model)
-        before, after = self._taps(max(x.shape[1], 1))
-        y = lti_conv(x, before, widen(self.D), seg=seg) + lti_conv(x, after, seg=seg, reverse=True)
-        return self._emit(y, seg)
+        before, after = self.kernels(max(x.shape[1], 1))
+        return self._emit(lti_conv(x, before, widen(self.D), seg=seg, future=after), seg)
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)
-        before, after = self._taps(x.shape[1])
-        dense = toeplitz(before, widen(self.D), seg)
-        return self._mixing(x, dense + toeplitz(after, None, seg).mT, seg)
+        length = x.shape[1]
+        before, after = self.kernels(length)
+        # The kernel over the future, with a zero for the present token.
+        after = F.pad(after[:, : max(length - 1, 0)], (1, 0))
+        return self._mixing(x, toeplitz(before, widen(self.D), seg) + toeplitz(after, None, seg).mT, seg)

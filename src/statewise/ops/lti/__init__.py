@@ -46,6 +46,7 @@ def lti_conv(
     D: Tensor | None = None,
     *,
     seg: Segments | None = None,
+    future: Tensor | None = None,
     reverse: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -58,7 +59,9 @@ def lti_conv(
         seg: documents and padding. Each document is convolved on its own and padding is skipped, as if it were not
             there. There is no state here, so a document that continues from an earlier chunk is treated as if it
             began at its first token in this one; use `diagonal_ssm` to continue.
-        reverse: anti-causal, y_t = sum_{s >= t} kernel[s - t] u_s + D u_t, per document.
+        future: (D, F), real: adds sum_{s > t} future[s - t - 1] u_s, at no further cost. Its first tap acts on the next
+            position.
+        reverse: time runs backwards, per document: y_t = sum_{s >= t} kernel[s - t] u_s + D u_t.
         backend: "numba" (float32 on CPU, up to 65,536 tokens), "reference" (torch.fft), or None.
 
     Returns:
@@ -76,25 +79,28 @@ def lti_conv(
     _checks.shape("lti_conv", "kernel", kernel, ("D", "K"), sizes)
     if D is not None:
         _checks.shape("lti_conv", "D", D, ("D",), sizes)
-    _checks.same_kind("lti_conv", ("u", u), kernel=kernel, D=D)
+    if future is not None:
+        _checks.shape("lti_conv", "future", future, ("D", "F"), sizes)
+    _checks.same_kind("lti_conv", ("u", u), kernel=kernel, D=D, future=future)
     _checks.segments("lti_conv", seg, sizes["B"], sizes["L"], u.device)
-    if u.is_complex() or kernel.is_complex():
-        raise TypeError(f"lti_conv: u, kernel: want real tensors, got {u.dtype} and {kernel.dtype}")
+    for name, t in (("u", u), ("kernel", kernel), ("future", future)):
+        if t is not None and t.is_complex():
+            raise TypeError(f"lti_conv: {name}: want a real tensor, got {t.dtype}")
     if sizes["K"] == 0:
         raise ValueError(f"lti_conv: kernel: want at least one tap, got {tuple(kernel.shape)}")
     real = _checks.compute_dtype(u)
-    v, taps = u.to(real), kernel.to(real)
+    v, past, ahead = u.to(real), kernel.to(real), None if future is None else future.to(real)
     with no_autocast(u):
         if seg is not None:
             v = seg.mask(v)
         x = reverse_time(v, seg) if reverse else v
         if seg is None:
-            y = convolve(x.mT, taps, backend).mT
+            y = convolve(x.mT, past, backend, ahead).mT
         elif seg.right_padded:
             # Zeros behind a document add nothing to it, so the rows may stay as they are.
-            y = seg.mask(convolve(x.mT, taps, backend).mT)
+            y = seg.mask(convolve(x.mT, past, backend, ahead).mT)
         else:
-            y = _per_document(x, taps, seg, backend)
+            y = _per_document(x, past, ahead, seg, backend)
         if reverse:
             y = reverse_time(y, seg)
     if D is not None:
@@ -102,7 +108,7 @@ def lti_conv(
     return y.to(u.dtype)
 
 
-def _per_document(u: Tensor, kernel: Tensor, seg: Segments, backend: str | None) -> Tensor:
+def _per_document(u: Tensor, kernel: Tensor, future: Tensor | None, seg: Segments, backend: str | None) -> Tensor:
     """Gather documents into rows of their own, those of similar length together, and put the results back."""
     B, L, D = u.shape
     row = torch.arange(B, device=u.device).unsqueeze(1)
@@ -121,7 +127,7 @@ def _per_document(u: Tensor, kernel: Tensor, seg: Segments, backend: str | None)
         slot = torch.searchsorted(members, group[mine]) * size + rank[mine]
         tokens = where[mine]
         rows = flat.new_zeros(len(members) * size, D).index_copy(0, slot, flat[tokens])
-        out = convolve(rows.view(len(members), size, D).mT, kernel, backend).mT.reshape(-1, D)
+        out = convolve(rows.view(len(members), size, D).mT, kernel, backend, future).mT.reshape(-1, D)
         y = y.index_copy(0, tokens, out[slot])
     return y.view(B, L, D)
 

@@ -1,4 +1,4 @@
-"""The causal convolution of a row with a long kernel, by Fourier transform."""
+"""The convolution of a row with long kernels over the past and the future, by Fourier transform."""
 
 from __future__ import annotations
 
@@ -37,27 +37,48 @@ def reasons(u: Tensor, kernel: Tensor) -> dict[str, str | None]:
     return {"numba": reason, "reference": None}
 
 
-def convolve(u: Tensor, kernel: Tensor, backend: str | None = None) -> Tensor:
-    """Causal convolution along the last axis: u (..., L), kernel (..., K) -> (..., L), real, in their dtype."""
+def convolve(u: Tensor, kernel: Tensor, backend: str | None = None, future: Tensor | None = None) -> Tensor:
+    """Convolution along the last axis: u (..., L), kernel (..., K), future (..., F) -> (..., L), real, in their dtype.
+
+    `kernel` acts on this position and earlier ones, `future` on the next and later ones.
+    """
     length = u.shape[-1]
     if length == 0:
         return u * 1
     kernel = kernel[..., :length]
+    future = None if future is None else future[..., : length - 1]
     if resolve("lti_conv", reasons(u, kernel), backend) == "numba":
-        return _forward(u.mT, kernel).mT
-    n = fast_length(length + kernel.shape[-1] - 1)
-    return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(kernel, n), n)[..., :length]
+        return _forward(u.mT, kernel, future).mT
+    n = fast_length(least_points(length, kernel, future))
+    return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(circle(kernel, future, n), n), n)[..., :length]
+
+
+def least_points(length: int, kernel: Tensor, future: Tensor | None) -> int:
+    """So many points that what leaves a row at one end does not come in at the other."""
+    return length + max(kernel.shape[-1] - 1, 0 if future is None else future.shape[-1])
+
+
+def circle(kernel: Tensor, future: Tensor | None, points: int) -> Tensor:
+    """Both kernels as one on a circle of `points`, where lag -1 is the last point."""
+    if future is None:
+        return kernel
+    gap = kernel.new_zeros(*kernel.shape[:-1], points - kernel.shape[-1] - future.shape[-1])
+    return torch.cat([kernel, gap, future.flip(-1)], -1)
 
 
 _forward = operator(
-    "long_conv_numba(Tensor u, Tensor kernel) -> Tensor",
+    "long_conv_numba(Tensor u, Tensor kernel, Tensor? future) -> Tensor",
     "statewise.ops.lti.numba:forward",
-    lambda u, kernel: u.new_empty(u.shape),
+    lambda u, kernel, future: u.new_empty(u.shape),
 )
 _backward = operator(
-    "long_conv_numba_backward(Tensor dy, Tensor u, Tensor kernel) -> (Tensor, Tensor)",
+    "long_conv_numba_backward(Tensor dy, Tensor u, Tensor kernel, Tensor? future) -> (Tensor, Tensor, Tensor)",
     "statewise.ops.lti.numba:backward",
-    lambda dy, u, kernel: (u.new_empty(u.shape), kernel.new_empty(kernel.shape)),
+    lambda dy, u, kernel, future: (
+        u.new_empty(u.shape),
+        kernel.new_empty(kernel.shape),
+        kernel.new_empty(0 if future is None else future.shape),
+    ),
 )
 
 
@@ -66,7 +87,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradients(ctx, dy):
-    return _backward(dy, *ctx.saved_tensors)
+    du, dkernel, dfuture = _backward(dy, *ctx.saved_tensors)
+    return du, dkernel, None if ctx.saved_tensors[2] is None else dfuture
 
 
 differentiable(_forward, _gradients, _save)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _numba as common
 from .._simd import LANES, inlined, lanes, load, put, store, zeros
+from .convolution import least_points
 
 _F = np.float32
 # Points of a block whose transforms are finished one after the other: at 128 bytes a point, an eighth of a megabyte.
@@ -182,6 +183,40 @@ def _spectrum(u, first, second, two, row, c, count, length, re, im, points, cosi
 
 
 @common.kernel
+def _taps_to_spectrum(kernel, taps, future, ahead, channels, c, count, re, im, points, cosine, sine):
+    """Both kernels on one circle, the past in its first half, the future in its second: lag -1 is the last point."""
+    half = points // 2
+    for t in range(half):
+        a, b = t * LANES, (t + half) * LANES
+        later = half - 1 - t
+        x = lanes(kernel, t * channels + c, count) if t < taps else zeros()
+        y = lanes(future, later * channels + c, count) if later < ahead else zeros()
+        store(re, a, x + y)
+        store(im, a, zeros())
+        x, y = _times(x - y, zeros(), cosine[t], sine[t])
+        store(re, b, x)
+        store(im, b, y)
+    _transform(re, im, 0, half, points, cosine, sine)
+    _transform(re, im, half, half, points, cosine, sine)
+
+
+@common.kernel
+def _spectrum_to_taps(re, im, points, cosine, sine, taps, kernel, ahead, future, channels, c, count):
+    half = points // 2
+    _back(re, im, 0, half, points, cosine, sine)
+    _back(re, im, half, half, points, cosine, sine)
+    scale = _F(1) / _F(points)
+    for t in range(half):
+        a, b = t * LANES, (t + half) * LANES
+        later = half - 1 - t
+        x, _ = _times(load(re, b), load(im, b), cosine[t], -sine[t])
+        if t < taps:
+            put(kernel, t * channels + c, count, (load(re, a) + x) * scale)
+        if later < ahead:
+            put(future, later * channels + c, count, (load(re, a) - x) * scale)
+
+
+@common.kernel
 def _sequence(re, im, points, cosine, sine, length, out, first, second, two, row, c, count):
     """Back to time; the first `length` positions go to two rows of `out`."""
     half = points // 2
@@ -197,13 +232,13 @@ def _sequence(re, im, points, cosine, sine, length, out, first, second, two, row
 
 
 @common.kernel
-def _forward(start, stop, worker, rows, L, channels, u, ub, ul, kernel, taps, points, cosine, sine, y):
+def _forward(start, stop, worker, rows, L, channels, u, ub, ul, kernel, taps, future, ahead, points, cosine, sine, y):
     kr, ki = np.empty(points * LANES, np.float32), np.empty(points * LANES, np.float32)
     re, im = np.empty(points * LANES, np.float32), np.empty(points * LANES, np.float32)
     for task in range(start, stop):
         c = task * LANES
         n = channels - c
-        _spectrum(kernel, 0, 0, False, channels, c, n, taps, kr, ki, points, cosine, sine)
+        _taps_to_spectrum(kernel, taps, future, ahead, channels, c, n, kr, ki, points, cosine, sine)
         for b in range(0, rows, 2):
             two = b + 1 < rows
             _spectrum(u, b * ub, (b + 1) * ub, two, ul, c, n, L, re, im, points, cosine, sine)
@@ -217,8 +252,9 @@ def _forward(start, stop, worker, rows, L, channels, u, ub, ul, kernel, taps, po
 
 @common.kernel
 def _backward(
-    start, stop, worker, rows, L, channels, dy, gb, gl, u, ub, ul, kernel, taps, points, cosine, sine, du, dkernel
-):
+    start, stop, worker, rows, L, channels, dy, gb, gl, u, ub, ul, kernel, taps, future, ahead, points, cosine, sine,
+    du, dkernel, dfuture,
+):  # fmt: skip
     kr, ki = np.empty(points * LANES, np.float32), np.empty(points * LANES, np.float32)
     re, im = np.empty(points * LANES, np.float32), np.empty(points * LANES, np.float32)
     gr, gi = np.empty(points * LANES, np.float32), np.empty(points * LANES, np.float32)
@@ -226,7 +262,7 @@ def _backward(
     for task in range(start, stop):
         c = task * LANES
         n = channels - c
-        _spectrum(kernel, 0, 0, False, channels, c, n, taps, kr, ki, points, cosine, sine)
+        _taps_to_spectrum(kernel, taps, future, ahead, channels, c, n, kr, ki, points, cosine, sine)
         sr[:] = _F(0)
         si[:] = _F(0)
         for b in range(0, rows, 2):
@@ -244,33 +280,47 @@ def _backward(
                 store(gi, k, ai * br - ar * bi)
             first = b * L * channels
             _sequence(gr, gi, points, cosine, sine, L, du, first, first + L * channels, two, channels, c, n)
-        _sequence(sr, si, points, cosine, sine, taps, dkernel, 0, 0, False, channels, c, n)
+        _spectrum_to_taps(sr, si, points, cosine, sine, taps, dkernel, ahead, dfuture, channels, c, n)
 
 
-def _points(L: int, taps: int) -> int:
-    return max(4, 1 << (L + taps - 2).bit_length())
+_NONE = np.empty(0, np.float32)
 
 
-def forward(u: Tensor, kernel: Tensor) -> Tensor:
-    """u (B, L, D), kernel (D, K) with K <= L: the first L positions of the convolution."""
-    (rows, L, channels), taps = u.shape, kernel.shape[1]
+def _points(L: int, kernel: Tensor, future: Tensor | None) -> int:
+    return max(4, 1 << (least_points(L, kernel, future) - 1).bit_length())
+
+
+def _ahead(future: Tensor | None) -> tuple[np.ndarray, int]:
+    return _NONE if future is None else common.words(future.mT), _taps(future)
+
+
+def _taps(kernel: Tensor | None) -> int:
+    return 0 if kernel is None else kernel.shape[1]
+
+
+def forward(u: Tensor, kernel: Tensor, future: Tensor | None) -> Tensor:
+    """u (B, L, D), kernel (D, K) with K <= L, future (D, F) with F < L."""
+    rows, L, channels = u.shape
     y = common.empty(*u.shape)
-    points = _points(L, taps)
+    points = _points(L, kernel, future)
     memory, (ub, ul) = common.rows(u)
     common.run(
-        _forward, -(-channels // LANES), rows, L, channels, memory, ub, ul, common.words(kernel.mT), taps, points,
-        *_circle(points), common.words(y), inline=u.numel() < 1 << 15,
+        _forward, -(-channels // LANES), rows, L, channels, memory, ub, ul, common.words(kernel.mT), _taps(kernel),
+        *_ahead(future), points, *_circle(points), common.words(y), inline=u.numel() < 1 << 15,
     )  # fmt: skip
     return y
 
 
-def backward(dy: Tensor, u: Tensor, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    (rows, L, channels), taps = u.shape, kernel.shape[1]
-    du, dkernel = common.empty(*u.shape), torch.empty(taps, channels)
-    points = _points(L, taps)
+def backward(dy: Tensor, u: Tensor, kernel: Tensor, future: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of u, kernel and future (empty if there is none)."""
+    rows, L, channels = u.shape
+    du = common.empty(*u.shape)
+    dkernel, dfuture = torch.empty(_taps(kernel), channels), torch.empty(_taps(future), channels)
+    points = _points(L, kernel, future)
     (grad, (gb, gl)), (memory, (ub, ul)) = common.rows(dy), common.rows(u)
     common.run(
         _backward, -(-channels // LANES), rows, L, channels, grad, gb, gl, memory, ub, ul, common.words(kernel.mT),
-        taps, points, *_circle(points), common.words(du), common.words(dkernel), inline=u.numel() < 1 << 15,
+        _taps(kernel), *_ahead(future), points, *_circle(points), common.words(du), common.words(dkernel),
+        common.words(dfuture), inline=u.numel() < 1 << 15,
     )  # fmt: skip
-    return du, dkernel.mT.contiguous()
+    return du, dkernel.mT.contiguous(), u.new_empty(0) if future is None else dfuture.mT.contiguous()
