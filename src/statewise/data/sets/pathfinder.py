@@ -29,8 +29,9 @@ STYLES = {
     256: Style(256, dash=5, thickness=2.0, margins=(3,), contour=14, distractor_dashes=30, seed_distance=27,
                continuity=1.8, marker=5.0, snake_contrast=1.0, padding=22),
 }  # fmt: skip
-# Dashes of a long snake in the three families of the published data; Long Range Arena is "hard".
-CONTOURS = {"easy": 6, "intermediate": 9, "hard": 14}
+# Dashes of a long snake in the three families of the published data; Long Range Arena is "hard". "bare" is ours: "easy"
+# without distractors.
+CONTOURS = {"bare": 6, "easy": 6, "intermediate": 9, "hard": 14}
 _TRIES = 1_000_000  # pairs of snakes begun for one image; at 64 pixels about 1200 are
 
 
@@ -60,7 +61,8 @@ class Pictures(NamedTuple):
 
 
 def style(size: int, difficulty: str = "hard") -> Style:
-    """The published parameters for a size (32, 64, 128 or 256) and a difficulty (easy, intermediate or hard).
+    """The published parameters for a size (32, 64, 128 or 256) and a difficulty (easy, intermediate or hard; or
+    bare, without distractors).
 
     Raises:
         ValueError: no such size or difficulty.
@@ -69,7 +71,8 @@ def style(size: int, difficulty: str = "hard") -> Style:
         raise ValueError(f"size: want {', '.join(map(str, STYLES))}, got {size}")
     if difficulty not in CONTOURS:
         raise ValueError(unknown("difficulty", difficulty, CONTOURS))
-    return STYLES[size]._replace(contour=CONTOURS[difficulty])
+    found = STYLES[size]._replace(contour=CONTOURS[difficulty])
+    return found._replace(distractor_dashes=0) if difficulty == "bare" else found
 
 
 def draw(n: int, style: Style, *, seed: int = 0, workers: int = 1) -> Pictures:
