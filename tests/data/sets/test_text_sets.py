@@ -214,8 +214,8 @@ def test_papers_that_are_missing(papers):
 
 def test_passages_of_addresses(monkeypatch, tmp_path):
     files = {}
-    for year in range(1800, 2000, 5):
-        text = f"Fellow citizens of {year}. " + "".join(f"<{year} {i:04}>" for i in range(900))
+    for year in range(1800, 2000, 2):
+        text = f"Fellow citizens of {year}. " + "".join(f"<{year} {i:04}>" for i in range(600))
         files[f"package/data/{year}.json"] = json.dumps({"year": year, "text": text}).encode()
     packed(monkeypatch, tmp_path, "ADDRESSES", files)
     monkeypatch.setattr("statewise.data.sets.retrieval._PAIRS", {"train": 400, "validation": 40, "test": 60})
@@ -238,4 +238,7 @@ def test_passages_of_addresses(monkeypatch, tmp_path):
                 kinds = [[pair[side] for pair, label in zip(years, split.labels) if label == kind] for kind in (0, 1)]
                 shares = [np.mean([1850 < year < 1950 for year in kind]) for kind in kinds]
                 assert abs(shares[0] - shares[1]) < 4 * (0.5 / len(kinds[0])) ** 0.5  # four deviations
+    monkeypatch.setattr("statewise.data.sets.retrieval._YEARS", 200)
+    with pytest.raises(ValueError, match="70 addresses do not give 400 pairs"):
+        make("retrieval", "small")
     assert not seen["train"] & seen["test"] | seen["train"] & seen["validation"] | seen["validation"] & seen["test"]

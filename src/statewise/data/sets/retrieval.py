@@ -143,7 +143,9 @@ def _draw(addresses: list[dict[str, Any]], n: int, rng: np.random.Generator) -> 
     of, years = np.array(address), np.array(year)
     seen: set[tuple[int, int]] = set()
     pairs: list[Pair] = []
-    while len(pairs) < n:
+    for _ in range(100 * n):
+        if len(pairs) == n:
+            return pairs
         first = int(rng.integers(len(passages)))
         far = np.flatnonzero(np.abs(years - years[first]) >= _YEARS)
         if not len(far):
@@ -155,4 +157,6 @@ def _draw(addresses: list[dict[str, Any]], n: int, rng: np.random.Generator) -> 
         if second != first and (first, second) not in seen:
             seen.add((first, second))
             pairs.append(Pair(passages[first], passages[second], label))
-    return pairs
+    raise ValueError(
+        f"retrieval: {len(addresses)} addresses do not give {n} pairs; want some that are {_YEARS} years apart"
+    )
