@@ -15,9 +15,10 @@ from statewise.testing import assert_agree
 F64 = torch.float64
 
 
-@pytest.mark.parametrize("n", [2, 4, 8, 16])
-def test_it_is_the_exact_decomposition_of_a_nearby_matrix(n):
-    found = ptd.perturb(n)
+# With gamma = 1e6 the price of E pushes through the wall at the real axis; only the halved steps keep the pairs then.
+@pytest.mark.parametrize(("n", "gamma"), [(2, 1e3), (4, 1e3), (8, 1e3), (16, 1e3), (6, 1e6)])
+def test_it_is_the_exact_decomposition_of_a_nearby_matrix(n, gamma):
+    found = ptd.perturb(n, gamma)
     want = hippo.legs(n)[0] + found.E
     rebuilt = 2 * (found.V * found.Lambda @ found.V_inv).real
     # Backward error: a few roundings, times the condition of the eigenvectors.
