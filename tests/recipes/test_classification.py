@@ -66,7 +66,7 @@ def test_a_run_leaves_all_its_files(name, tmp_path):
 
 
 # The others are tried once more where there is time.
-QUICK = ("s4", "lstm", "mamba2,attention")
+QUICK = ("lstm", "mamba2,attention")
 FAMILIES = [*tables.FAMILIES, "rglru", "mamba2,attention"]
 
 
