@@ -68,8 +68,7 @@ def test_mistakes(here, capsys, arguments, message):
 )
 def test_what_cannot_be_built_is_known_before_anything_is_trained(here, capsys, models, message):
     assert message in _error(capsys, *_arguments("--out", "c", models=models))
-    assert not (here / "c" / "compare.yaml").exists()
-    assert not (here / "c" / "runs").exists()
+    assert not (here / "c").exists()
 
 
 def test_a_directory_of_something_else_is_not_taken(here, capsys):

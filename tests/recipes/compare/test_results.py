@@ -120,7 +120,9 @@ def test_no_rate_that_trains(tmp_path):
     for job in made.tuning_jobs("a"):
         diverge(job)
     assert made.final_jobs("a") == []
-    assert "a: no learning rate of the grid gave a finished run" in "\n".join(collect(made).notes)
+    report, written = write_report(made)  # where nothing is finished there is a report all the same
+    assert "a: no learning rate of the grid gave a finished run" in "\n".join(report.notes)
+    assert all(path.stat().st_size > 0 for path in written)
 
 
 def test_minutes_become_steps_by_the_measured_speed(tmp_path):
@@ -130,6 +132,8 @@ def test_minutes_become_steps_by_the_measured_speed(tmp_path):
     folder = made.plan.speed(made.out, "a").path
     folder.mkdir(parents=True)
     (folder / "metrics.csv").write_text(metrics([0.1], step_seconds=0.25))
+    assert [job.model for job in made.speed_jobs()] == ["a", "b"]  # five seconds: it was stopped before its time
+    (folder / "metrics.csv").write_text(metrics([0.1], step_seconds=0.25, every=80))
     assert [job.model for job in made.speed_jobs()] == ["b"]
     config = made.final_jobs("a")[0].config
     # 60 s in steps of a quarter; warm-up and validations keep their share of what were 40 steps.
