@@ -79,7 +79,7 @@ def _commands(page: Path) -> list[list[str]]:
 def test_commands_and_their_options_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in _commands(page):
         command, *rest = words
-        recipe = [rest[0]] if command == "run" and rest and not rest[0].startswith("-") else []
+        recipe = [rest[0]] if command in ("run", "compare") and rest and not rest[0].startswith("-") else []
         assert cli.main([command, *recipe, "--help"]) == 0, f"{_name(page)}: statewise {' '.join(words)}"
         known = set(re.findall(r"--[a-z][a-z.-]*", capsys.readouterr().out)) | {"--help"}
         for word in rest:

@@ -16,7 +16,7 @@ from .. import recipes
 from .console import terminal
 from .errors import Interrupted, UserError, user_errors
 from .options import Options
-from .run import build, take
+from .run import build, parsed, take
 
 if TYPE_CHECKING:
     from ..recipes.compare import Comparison
@@ -209,12 +209,12 @@ def _compare(recipe: str | None, argv: list[str]) -> int:
         return _carry_out(out, plan, jobs, lock)
     finally:
         lock.close()
+        if not (out / PLAN).is_file():  # nothing was begun, so nothing is left
+            lock.remove()
 
 
 def _build(config: Mapping[str, Any]) -> Any:
     """A recipe from the content of a config.yaml."""
-    from .run import parsed
-
     return build(config["recipe"], parsed(config["recipe"], {k: v for k, v in config.items() if k != "recipe"}))
 
 

@@ -103,5 +103,5 @@ def plot_curve(run: RunDirectory, task: Task, label: str, baselines: Mapping[str
     if task.lower_is_better:
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 0.94))
     else:
-        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.06))
+        axes.legend(frameon=False, loc="best")
     figure.savefig(run.curve, dpi=150, metadata={"Software": "statewise"})

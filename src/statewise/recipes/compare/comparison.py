@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...training.directory import RunDirectory, read_metrics
-from .plan import Job, Plan
+from .plan import SPEED_MINUTES, Job, Plan
 from .pool import Pool
 from .results import Fact, Facts, Run, Tuning, read_run, step_time, times, tune
 from .state import DIVERGED, FINISHED, state_of
@@ -50,9 +50,9 @@ class Comparison:
         own = dict(self.facts.models[label].options)
         if self.plan.minutes is None:
             return own
-        _, single = times(read_metrics(RunDirectory(self.plan.speed(self.out, label).path).metrics))
-        took = step_time(single)
-        if took is None:
+        rows = read_metrics(RunDirectory(self.plan.speed(self.out, label).path).metrics)
+        took = step_time(times(rows)[1])
+        if took is None or rows[-1]["seconds"] < 0.9 * 60 * SPEED_MINUTES:  # not done, or stopped before its time
             return None
         options = self.plan.options[label]
         steps = max(round(60 * self.plan.minutes / took), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,7 +17,7 @@ from ...training.directory import read_config
 TUNING_SEED = 1000  # far from the seeds that people choose, so that no reported run was tuned on
 SPEED_MINUTES = 0.25  # of training, to learn how long a step takes
 # What every model gets alike, whatever a recipe takes as the best for it.
-BUDGET = ("steps", "batch_size", "eval_every", "checkpoint_every", "precision")
+BUDGET = ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every", "precision")
 CLOSE = 0.05  # parameter counts that differ by less count as equal
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
@@ -163,7 +164,9 @@ class Plan:
 
     def config(self, model: str, seed: int, **changes: Any) -> dict[str, Any]:
         """config.yaml of a run."""
-        return {"recipe": self.recipe, **self.options[model], "model": self.models[model], "seed": seed, **changes}
+        config = {"recipe": self.recipe, **self.options[model], "model": self.models[model], "seed": seed, **changes}
+        # A validation then stands right after the row of its own step, so that its time is known.
+        return {**config, "log_every": math.gcd(config["log_every"], config["eval_every"])}
 
     def shared(self, name: str) -> Any:
         """An option that is the same for all models."""

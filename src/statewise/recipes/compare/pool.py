@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -53,6 +54,13 @@ class Lock:
 
     def close(self) -> None:
         self.file.close()
+
+    def remove(self) -> None:
+        """Take the file away, and the directory if there is nothing else in it."""
+        path = Path(self.file.name)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
 
 
 class _Process:
