@@ -14,6 +14,9 @@ from .base import Causal, CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMi
 # Registry name -> (module, class). A mixer's card is its docstring: first line, and "Source:" at the end.
 _MIXERS: dict[str, tuple[str, str]] = {
     "attention": ("attention", "Attention"),
+    "linear_attention": ("linear_attention", "LinearAttention"),
+    "normalized_attention": ("linear_attention", "NormalizedAttention"),
+    "qlstm": ("qlstm", "QLSTM"),
     "mamba": ("mamba", "Mamba"),
     "mamba2": ("mamba2", "Mamba2"),
     "rglru": ("rglru", "RGLRU"),
@@ -26,6 +29,7 @@ _MIXERS: dict[str, tuple[str, str]] = {
 _CLASSES = {cls: module for module, cls in _MIXERS.values()}
 
 __all__ = [
+    "QLSTM",
     "RGLRU",
     "S4D",
     "S5",
@@ -36,9 +40,11 @@ __all__ = [
     "CausalMixer",
     "HasImpulse",
     "HasMixing",
+    "LinearAttention",
     "Mamba",
     "Mamba2",
     "Mixing",
+    "NormalizedAttention",
     "Parallel",
     "SequenceMixer",
     "create",
