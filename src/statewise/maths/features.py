@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import combinations_with_replacement
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _monomials(width: int, degree: int) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    return _table(width, degree)
+
+
+@cache
+def _table(width: int, degree: int) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
     """The products of `degree` of `width` factors, as sorted index tuples, each with the root of its coefficient in
     (q . k)^degree / degree!: one over the product of the factorials of its exponents."""
-    from itertools import combinations_with_replacement
-
     places = tuple(combinations_with_replacement(range(width), degree))
     roots = tuple(math.sqrt(1 / math.prod(math.factorial(p.count(i)) for i in set(p))) for p in places)
     return places, roots
@@ -52,4 +56,5 @@ def elu_features(x: Tensor) -> Tensor:
 
     Source: Katharopoulos et al. 2020, "Transformers are RNNs" (arXiv 2006.16236), equation 7.
     """
-    return F.elu(x) + 1
+    # Not F.elu: this form keeps its digits where x is far below zero.
+    return torch.exp(x.clamp(max=0)) + F.relu(x)
