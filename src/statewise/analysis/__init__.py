@@ -1,0 +1,1 @@
+"""Seeing what a mixer does. See `docs/analysis.md`."""
