@@ -242,8 +242,15 @@ def _masked(y: Tensor, seg: Segments | None) -> Tensor:
     return y if seg is None else seg.mask(y)
 
 
-def has_own_dynamics(mixer: nn.Module) -> bool:
-    """Whether the decays of `to_dsf(mixer, x)` are those of a recurrence, rather than of slots for all inputs."""
-    if isinstance(mixer, HasImpulse):
-        return diagonal_form(mixer) is not None
-    return isinstance(mixer, (Mamba, Mamba2, RGLRU, QLSTM, _Separable))
+# Mixers whose Lambda is that of slots for all inputs say nothing about decay.
+_MOVING = (Mamba, Mamba2, RGLRU, QLSTM, _Separable, Attention)
+
+
+def decays(mixer: HasMixing, x: Tensor, seg: Segments | None = None) -> Tensor | None:
+    """Lambda_t (B or 1, L or 1, H, P, n) of a mixer with a recurrence of its own, or None. An axis of size 1 does not
+    matter."""
+    if isinstance(mixer, HasImpulse) and diagonal_form(mixer) is None:
+        return None
+    if not isinstance(mixer, (*_MOVING, HasImpulse)):
+        return None
+    return _system(mixer, x if seg is None else seg.mask(x), seg).decay

@@ -1,0 +1,288 @@
+"""Pictures of the views. Each function takes what a view gives and returns a matplotlib Figure; `save` writes a PNG.
+
+Colours are those of Okabe and Ito, and cividis, which people of all kinds of colour vision tell apart.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .matrices import MixingMatrices
+    from .gradients import Memory, StateNorms
+    from .responses import ImpulseResponse, TransferFunction
+    from .spectra import Spectrum
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+INK, PALE = "#333333", "#eeeeee"
+SHOWN = 6  # heads or channels of one picture, where all are too many
+FLOOR = 1e-4  # of the largest entry: what is smaller has the lowest colour
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # An own Figure, not pyplot: nothing global, no window, no change to the user's settings.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _title(figure: Figure, title: str, note: str = "") -> None:
+    figure.suptitle(title, color=INK, fontsize=12, fontweight="bold")
+    if note:
+        figure.supxlabel(note, color="#666666", fontsize=8.5)
+
+
+def _dress(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    axes.grid(color=PALE)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _chosen(count: int, asked: Sequence[int] | None, what: str) -> list[int]:
+    """Which of `count` things are shown: those asked for, else all if few, else some spread evenly."""
+    if asked is None:
+        return list(range(count)) if count <= SHOWN else np.linspace(0, count - 1, SHOWN).round().astype(int).tolist()
+    for i in asked:
+        if not 0 <= i < count:
+            raise ValueError(f"{what}: want 0 to {count - 1}, got {i}")
+    return list(asked)
+
+
+def _array(t: torch.Tensor) -> np.ndarray:
+    t = t.detach().cpu()
+    return (t if t.is_complex() else t.double()).numpy()
+
+
+def plot_matrices(view: MixingMatrices, heads: Sequence[int] | None = None) -> Figure:
+    """A heat map of |weight| for each head, on a logarithmic scale that the heads share. Dashed lines: documents."""
+    from matplotlib.colors import LogNorm
+
+    chosen = _chosen(len(view.dense), heads, "head")
+    columns = min(len(chosen), 3)
+    rows = math.ceil(len(chosen) / columns)
+    figure = _figure(3.1 * columns + 1.1, 3.1 * rows + 0.9)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    size = _array(view.dense[chosen].abs())
+    top = size.max() or 1.0
+    norm = LogNorm(FLOOR * top, top)
+    image = None
+    for axes, head, values in zip(grid.flat, chosen, size):
+        shown = np.where(values == 0, np.nan, values)
+        axes.set_facecolor("#f4f4f4")
+        image = axes.imshow(shown, norm=norm, cmap="cividis", interpolation="nearest")
+        for start in view.starts:
+            axes.axhline(start - 0.5, color="#D55E00", lw=0.9, ls=(0, (4, 3)))
+            axes.axvline(start - 0.5, color="#D55E00", lw=0.9, ls=(0, (4, 3)))
+        if len(view.dense) > 1:
+            axes.set_title(f"head {head}", fontsize=10, color=INK)
+        axes.tick_params(labelsize=8)
+        axes.label_outer()
+    for axes in grid.flat[len(chosen) :]:
+        axes.set_axis_off()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("output position", color=INK, fontsize=9)
+    for axes in grid[-1]:
+        axes.set_xlabel("input position", color=INK, fontsize=9)
+    assert image is not None
+    bar = figure.colorbar(image, ax=grid, shrink=0.85, extend="min")
+    bar.set_label("|weight| (logarithmic)", color=INK)
+    some = f"{len(chosen)} of {len(view.dense)} heads. " if len(chosen) < len(view.dense) else ""
+    note = f"{some}Grey: exactly zero." + (" Dashed: a document begins." if view.starts else "")
+    _title(figure, f"Mixing matrix: {view.what}", note)
+    return figure
+
+
+def plot_impulse(view: ImpulseResponse, channels: Sequence[int] | None = None) -> Figure:
+    """The responses of some channels, and for all of them where their energy lies."""
+    chosen = _chosen(len(view.taps), channels, "channel")
+    figure = _figure(9.5, 3.9)
+    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    for i, channel in enumerate(chosen):
+        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
+        left.plot(_array(view.taps[channel]), lw=1.5, label=f"{channel}", **style)
+    left.axhline(0, color=INK, lw=0.6)
+    _dress(left, "tokens after the impulse", "response")
+    left.legend(title="channel", frameon=False, fontsize=8, title_fontsize=8)
+    taps = _array(view.taps.abs())
+    size = np.where(taps > 0, taps, np.nan)
+    low, middle, high = (np.nan_to_num(np.nanquantile(size, q, axis=0), nan=0.0) for q in (0.1, 0.5, 0.9))
+    right.fill_between(np.arange(size.shape[1]), low, high, color=COLOURS[5], alpha=0.4, lw=0, label="80 % of channels")
+    right.plot(middle, color=COLOURS[0], lw=1.8, label="median")
+    right.set_yscale("log")
+    _dress(right, "tokens after the impulse", "|response|")
+    right.legend(frameon=False, fontsize=8)
+    half, most = (view.reach(share).double().median() for share in (0.5, 0.99))
+    note = f"Half of the energy lies within {half:.0f} tokens, 99 % within {most:.0f} (median of {len(taps)} channels)."
+    _title(figure, f"Impulse response: {view.what}", note)
+    return figure
+
+
+def plot_transfer(view: TransferFunction, channels: Sequence[int] | None = None) -> Figure:
+    """Gain in decibels and phase over frequency, for some channels and, in pale, the spread of all."""
+    chosen = _chosen(len(view.gain), channels, "channel")
+    figure = _figure(8.5, 5.2)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
+    omega = _array(view.omega) / np.pi
+    gain = _array(view.gain)
+    level = 20 * np.log10(np.maximum(np.abs(gain), 1e-12))
+    low, high = np.quantile(level, (0.1, 0.9), axis=0)
+    top.fill_between(omega, low, high, color=PALE, lw=0, label="80 % of channels")
+    for i, channel in enumerate(chosen):
+        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)], "lw": 1.4}
+        top.plot(omega, level[channel], label=f"channel {channel}", **style)
+        bottom.plot(omega, np.unwrap(np.angle(gain[channel])) / np.pi, **style)
+    _dress(top, "", "gain (dB)")
+    top.legend(frameon=False, fontsize=8, ncols=2)
+    _dress(bottom, "frequency (1: one swing in two tokens)", "phase (units of π)")
+    bottom.set_xlim(0, 1)
+    note = "" if view.exact else "From an impulse response that is cut off."
+    _title(figure, f"Transfer function: {view.what}", note)
+    return figure
+
+
+def plot_spectrum(view: Spectrum) -> Figure:
+    """Left: eigenvalues in the unit disc, or decays by head. Right: how many parts of the state have which time scale."""
+    from matplotlib.patches import Circle
+
+    figure = _figure(9.5, 4.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    values = _array(view.eigenvalues)
+    if np.iscomplexobj(values) and np.abs(values.imag).max() > 0:
+        both = np.concatenate([values.flatten(), values.conj().flatten()])
+        left.add_patch(Circle((0, 0), 1, fill=False, color=INK, lw=1))
+        left.scatter(both.real, both.imag, s=9, color=COLOURS[0], alpha=min(1.0, 0.15 + 150 / len(both)), lw=0)
+        reach = 1.08 * max(1.0, np.abs(both).max())
+        left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        _dress(left, "real part", "imaginary part")
+        left.set_title("eigenvalues per token, unit circle", fontsize=10, color=INK)
+    else:
+        order = np.argsort(np.median(values.real, axis=1))
+        low, middle, high = np.quantile(values.real[order], (0.05, 0.5, 0.95), axis=1)
+        at = np.arange(len(order))
+        left.fill_between(at, low, high, step="mid", color=COLOURS[5], alpha=0.45, lw=0, label="90 % of values")
+        left.plot(at, middle, color=COLOURS[0], lw=1.6, marker="o" if len(at) < 30 else None, ms=4, label="median")
+        left.axhline(1, color=INK, lw=0.8, ls=":")
+        _dress(left, "head or channel, sorted by median", "decay per token")
+        left.legend(frameon=False, fontsize=8, loc="lower right")
+        left.set_title("decay of each head", fontsize=10, color=INK)
+    scales = _array(view.time_scales).flatten()
+    finite = scales[np.isfinite(scales) & (scales > 0)]
+    if len(finite):
+        edges = np.geomspace(max(finite.min(), 1e-2) * 0.9, max(finite.max(), 1.0) * 1.1, 48)
+        right.hist(np.clip(finite, edges[0], edges[-1]), bins=edges, color=COLOURS[0], weights=_shares(finite, scales))
+        right.set_xscale("log")
+        middle = float(np.median(scales))
+        if np.isfinite(middle):
+            right.axvline(middle, color=COLOURS[1], lw=1.5, ls="--", label=f"median {middle:,.3g} tokens")
+            right.legend(frameon=False, fontsize=8)
+    right.yaxis.set_major_formatter("{x:.0f} %")
+    _dress(right, "time scale (tokens to 1/e)", "share of the state")
+    right.set_title("time scales", fontsize=10, color=INK)
+    endless = 100 * (1 - len(finite) / len(scales))
+    parts = [f"{view.source}, {values.size:,} values"]
+    parts += [f"{endless:.1f} % do not decay"] if endless > 0.05 else []
+    parts += [f"{100 * view.unstable_share:.1f} % grow"] if view.unstable_share > 0 else []
+    _title(figure, f"Spectrum: {view.what}", ", ".join(parts) + ".")
+    return figure
+
+
+def _shares(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.full(len(part), 100 / len(whole))
+
+
+def plot_memory(views: Memory | Sequence[Memory]) -> Figure:
+    """Influence of an input on the output k tokens later, for one or several models, relative to the largest."""
+    from .gradients import Memory
+
+    views = [views] if isinstance(views, Memory) else list(views)
+    figure = _figure(8, 4.4)
+    axes = figure.add_subplot()
+    ahead = any(view.looks_ahead for view in views)
+    for i, view in enumerate(views):
+        curve = _array(view.curve)
+        lags = view.lags.numpy()
+        curve = np.where(curve > 0, curve, np.nan) / (np.nanmax(curve) or 1.0)
+        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
+        name = f"{view.what}: half-life {view.half_life}, 90 % within {view.reach(0.9)}"
+        axes.plot(lags if ahead else lags + 1, curve, lw=1.8, label=name, **style)
+    axes.set_yscale("log")
+    if ahead:
+        axes.axvline(0, color=INK, lw=0.8, ls=":")
+        _dress(axes, "tokens back (below zero: ahead)", "influence, largest = 1")
+    else:
+        axes.set_xscale("log")
+        _dress(axes, "tokens back, the present one counted as 1", "influence, largest = 1")
+    axes.legend(frameon=False, fontsize=9)
+    _title(figure, "Memory: how much an input matters later", "Norm of d output / d input, averaged over positions.")
+    return figure
+
+
+def plot_influence(view: Memory) -> Figure:
+    """The norms of all derivatives as a heat map: a mixing matrix for models that have none."""
+    from matplotlib.colors import LogNorm
+
+    figure = _figure(5.6, 4.4)
+    axes = figure.add_subplot()
+    values = _array(view.influence)
+    top = values.max() or 1.0
+    at = view.positions.numpy()
+    shown = np.where(values > 0, values, np.nan)
+    extent = (-0.5, values.shape[1] - 0.5, at[-1] + 0.5, at[0] - 0.5)
+    image = axes.imshow(
+        shown, norm=LogNorm(FLOOR * top, top), cmap="cividis", extent=extent, aspect="auto", interpolation="nearest"
+    )
+    axes.set_facecolor("#f4f4f4")
+    axes.set_xlabel("input position", color=INK)
+    axes.set_ylabel("output position", color=INK)
+    figure.colorbar(image, extend="min").set_label("norm of d output / d input", color=INK)
+    _title(figure, f"Influence: {view.what}", "Grey: exactly zero.")
+    return figure
+
+
+def plot_states(view: StateNorms) -> Figure:
+    """The norm of each part of the state after each token."""
+    figure = _figure(8, 4.2)
+    axes = figure.add_subplot()
+    norms = _array(view.norms)
+    chosen = _chosen(len(view.names), None, "part")
+    for i, part in enumerate(chosen):
+        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
+        name = f"{view.names[part]} ({int(view.sizes[part, -1]):,} numbers)"
+        axes.plot(np.arange(1, norms.shape[1] + 1), norms[part], lw=1.6, label=name, **style)
+    shown = norms[chosen]
+    if shown.min() > 0 and shown.max() > 100 * shown.min():
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    _dress(axes, "tokens read", "norm of the state")
+    axes.legend(frameon=False, fontsize=8)
+    note = f"{len(chosen)} of {len(view.names)} parts." if len(chosen) < len(view.names) else ""
+    _title(figure, f"State while reading: {view.what}", note)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Write a PNG.
+
+    Raises:
+        ValueError: the name does not end in .png.
+        OSError: it cannot be written.
+    """
+    if os.path.splitext(os.fspath(path))[1].lower() != ".png":
+        raise ValueError(f"out: want a file name that ends in .png, got {os.fspath(path)}")
+    figure.savefig(path, dpi=130, metadata={"Software": "statewise"})
