@@ -242,15 +242,14 @@ def _masked(y: Tensor, seg: Segments | None) -> Tensor:
     return y if seg is None else seg.mask(y)
 
 
-# Mixers whose Lambda is that of slots for all inputs say nothing about decay.
-_MOVING = (Mamba, Mamba2, RGLRU, QLSTM, _Separable, Attention)
+# Lambda of these is a quotient of normalisers.
+QUOTIENTS = (_Separable, Attention)
+# Of these it is a decay. Of others it is that of slots for all inputs, which says nothing.
+_MOVING = (Mamba, Mamba2, RGLRU, QLSTM, *QUOTIENTS)
 
 
-def decays(mixer: HasMixing, x: Tensor, seg: Segments | None = None) -> Tensor | None:
-    """Lambda_t (B or 1, L or 1, H, P, n) of a mixer with a recurrence of its own, or None. An axis of size 1 does not
-    matter."""
+def own_system(mixer: nn.Module, x: Tensor, seg: Segments | None = None) -> System | None:
+    """`to_dsf` of a mixer whose recurrence is its own, and None for one that would need a slot for each input."""
     if isinstance(mixer, HasImpulse) and diagonal_form(mixer) is None:
         return None
-    if not isinstance(mixer, (*_MOVING, HasImpulse)):
-        return None
-    return _system(mixer, x if seg is None else seg.mask(x), seg).decay
+    return to_dsf(mixer, x, seg) if isinstance(mixer, (*_MOVING, HasImpulse)) else None

@@ -1,4 +1,4 @@
-"""How far back outputs depend on inputs, by gradients, and how large the state gets. For every mixer and every model."""
+"""How far back outputs depend on inputs, by gradients, and how large the state gets. For every mixer and model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import state as states
 from ..mixers.base import Causal
+from ..segments import Segments
 
 BATCH = 16  # positions whose gradients are taken in one pass
 
@@ -23,11 +24,15 @@ class Memory:
         influence: (T, L): entry [i, s] is the norm of d y_t / d x_s for t = positions[i], averaged over rows.
         positions: (T,), the outputs that were asked.
         what: the mixer or model, for titles.
+        causal: whether its type promises that no output sees the future.
+        noise: what, relative to the largest entry, may be rounding. Fourier transforms leave it in the future too.
     """
 
     influence: Tensor
     positions: Tensor
     what: str
+    causal: bool
+    noise: float
 
     @property
     def lags(self) -> Tensor:
@@ -40,9 +45,7 @@ class Memory:
     def looks_ahead(self) -> bool:
         at = torch.arange(self.influence.shape[1])
         later = self.influence * (at > self.positions[:, None])
-        # Fourier transforms leave rounding in the future.
-        slack = 4096 * torch.finfo(self.influence.dtype).eps
-        return bool(later.max() > slack * self.influence.max())
+        return not self.causal and bool(later.max() > self.noise * self.influence.max())
 
     @property
     def curve(self) -> Tensor:
@@ -60,27 +63,27 @@ class Memory:
 
     @property
     def half_life(self) -> int:
-        """The lag from which on the curve stays below half of its largest value; the longest lag + 1 if it never
-        does."""
-        past, lags = self._past()
-        high = (past >= past.max() / 2).nonzero()
-        return int(lags[high[-1, 0]]) + 1 if len(high) else 0
+        """How many tokens, the present one included, hold half of the influence of the past."""
+        return self.reach(0.5)
 
     def reach(self, share: float = 0.9) -> int:
         """How many tokens, the present one included, hold this share of all influence of the past."""
         if not 0 < share <= 1:
             raise ValueError(f"reach: share: want 0 < share <= 1, got {share}")
-        past, _ = self._past()
+        past = self.curve[self.lags >= 0].double()
         part = past.cumsum(0) / past.sum().clamp(min=torch.finfo(past.dtype).tiny)
         return int((part < share * (1 - 1e-6)).sum()) + 1
 
-    def _past(self) -> tuple[Tensor, Tensor]:
-        lags = self.lags
-        return self.curve[lags >= 0].double(), lags[lags >= 0]
-
 
 def memory(
-    model: nn.Module, x: Tensor, *, positions: int = 64, probes: int | None = 4, seed: int = 0, what: str | None = None
+    model: nn.Module,
+    x: Tensor,
+    seg: Segments | None = None,
+    *,
+    positions: int = 64,
+    probes: int | None = 4,
+    seed: int = 0,
+    what: str | None = None,
 ) -> Memory:
     """How much each input matters to later outputs, by automatic differentiation.
 
@@ -89,6 +92,7 @@ def memory(
     Args:
         model: anything that maps x to (B, L, ...).
         x: (B, L, D), or tokens (B, L).
+        seg: documents and padding, for a model that takes them.
         positions: at how many outputs, spread over the later half of x so that each can look far back; at most L.
         probes: the norm of a derivative (a matrix) is estimated with so many random directions of the output, with
             an error of about 1 / sqrt(2 probes) for each entry; None: exact, by all of them.
@@ -108,17 +112,25 @@ def memory(
     squares = torch.zeros(len(at), length, dtype=torch.float64)
     for begin in range(0, len(at), BATCH):
         part = at[begin : begin + BATCH]
-        squares[begin : begin + len(part)] = _squares(model, x, part, probes, generator)
-    influence = (squares / rows).sqrt()
-    return Memory(influence, at, what or type(model).__name__)
+        squares[begin : begin + len(part)] = _squares(model, x, seg, part, probes, generator)
+    noise = 4096 * torch.finfo(_dtype(model, x)).eps
+    return Memory((squares / rows).sqrt(), at, what or type(model).__name__, isinstance(model, Causal), noise)
 
 
-def _squares(model: nn.Module, x: Tensor, at: Tensor, probes: int | None, generator: torch.Generator) -> Tensor:
+def _dtype(model: nn.Module, x: Tensor) -> torch.dtype:
+    if x.is_floating_point():
+        return x.dtype
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _squares(
+    model: nn.Module, x: Tensor, seg: Segments | None, at: Tensor, probes: int | None, generator: torch.Generator
+) -> Tensor:
     """(T, L): squared Frobenius norms of d y_t / d x_s for t in `at`, summed over rows."""
     rows, length = x.shape[:2]
     copies = x.repeat(len(at), *(1,) * (x.ndim - 1))  # copy i answers for position at[i]
     with torch.enable_grad(), _leaf(model, copies) as leaf:
-        y = model(leaf.given)
+        y = model(leaf.given) if seg is None else model(leaf.given, _repeated(seg, len(at)))
         if not isinstance(y, Tensor) or y.ndim < 3 or y.shape[:2] != copies.shape[:2]:
             got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(f"memory: model: want an output for each position, (B, L, ...), got {got}")
@@ -139,6 +151,11 @@ def _squares(model: nn.Module, x: Tensor, at: Tensor, probes: int | None, genera
             norms = g.double().square().flatten(2).sum(-1).cpu()  # (T B, L)
             total += scale * norms.unflatten(0, (len(at), rows)).sum(1)
     return total
+
+
+def _repeated(seg: Segments, times: int) -> Segments:
+    valid = None if seg.valid is None else seg.valid.repeat(times, 1)
+    return Segments(seg.position.repeat(times, 1), valid)
 
 
 class _Leaf:
@@ -187,7 +204,7 @@ class StateNorms:
 
 
 @torch.no_grad()
-def state_norms(model: Causal, x: Tensor) -> StateNorms:
+def state_norms(model: Causal, x: Tensor, seg: Segments | None = None) -> StateNorms:
     """Norm and size of each part of the state of a mixer or model while it reads x token by token, averaged over rows.
 
     A state that explodes, dies or is still growing at the end shows here.
@@ -201,7 +218,7 @@ def state_norms(model: Causal, x: Tensor) -> StateNorms:
         raise ValueError(f"state_norms: x: want (B, L) or (B, L, D) with at least one token, got {tuple(x.shape)}")
     state, rows, sizes, names = model.init_state(len(x), device=x.device), [], [], ()
     for t in range(x.shape[1]):
-        state = model.extend(x[:, t : t + 1], state)[1]
+        state = model.extend(x[:, t : t + 1], state, None if seg is None else seg[:, t : t + 1])[1]
         parts = [(n, s) for n, s in states.leaves(state) if s.is_floating_point() or s.is_complex()]
         names = tuple(n for n, _ in parts)
         rows.append([s.detach().abs().double().flatten(1).square().sum(1).sqrt().mean() for _, s in parts])

@@ -16,15 +16,16 @@ import torch
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .matrices import MixingMatrices
     from .gradients import Memory, StateNorms
+    from .matrices import MixingMatrices
     from .responses import ImpulseResponse, TransferFunction
     from .spectra import Spectrum
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 INK, PALE = "#333333", "#eeeeee"
-SHOWN = 6  # heads or channels of one picture, where all are too many
+SHOWN = 6  # matrices of one picture, where all are too many
+LINES = 4  # lines of one picture
 FLOOR = 1e-4  # of the largest entry: what is smaller has the lowest colour
 
 
@@ -53,10 +54,10 @@ def _dress(axes: Any, x: str, y: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _chosen(count: int, asked: Sequence[int] | None, what: str) -> list[int]:
+def _chosen(count: int, asked: Sequence[int] | None, what: str, most: int = LINES) -> list[int]:
     """Which of `count` things are shown: those asked for, else all if few, else some spread evenly."""
     if asked is None:
-        return list(range(count)) if count <= SHOWN else np.linspace(0, count - 1, SHOWN).round().astype(int).tolist()
+        return list(range(count)) if count <= most else np.linspace(0, count - 1, most).round().astype(int).tolist()
     for i in asked:
         if not 0 <= i < count:
             raise ValueError(f"{what}: want 0 to {count - 1}, got {i}")
@@ -68,28 +69,26 @@ def _array(t: torch.Tensor) -> np.ndarray:
     return (t if t.is_complex() else t.double()).numpy()
 
 
-def plot_matrices(view: MixingMatrices, heads: Sequence[int] | None = None) -> Figure:
+def plot_matrices(view: MixingMatrices) -> Figure:
     """A heat map of |weight| for each head, on a logarithmic scale that the heads share. Dashed lines: documents."""
     from matplotlib.colors import LogNorm
 
-    chosen = _chosen(len(view.dense), heads, "head")
-    columns = min(len(chosen), 3)
+    chosen = _chosen(len(view.dense), None, "head", SHOWN)
+    columns = min(math.ceil(math.sqrt(len(chosen))), 3)
     rows = math.ceil(len(chosen) / columns)
     figure = _figure(3.1 * columns + 1.1, 3.1 * rows + 0.9)
     grid = figure.subplots(rows, columns, squeeze=False)
     size = _array(view.dense[chosen].abs())
     top = size.max() or 1.0
-    norm = LogNorm(FLOOR * top, top)
-    image = None
-    for axes, head, values in zip(grid.flat, chosen, size):
-        shown = np.where(values == 0, np.nan, values)
+    for axes, i, values in zip(grid.flat, chosen, size):
         axes.set_facecolor("#f4f4f4")
-        image = axes.imshow(shown, norm=norm, cmap="cividis", interpolation="nearest")
+        shown = np.where(values == 0, np.nan, values)
+        image = axes.imshow(shown, norm=LogNorm(FLOOR * top, top), cmap="cividis", interpolation="nearest")
         for start in view.starts:
             axes.axhline(start - 0.5, color="#D55E00", lw=0.9, ls=(0, (4, 3)))
             axes.axvline(start - 0.5, color="#D55E00", lw=0.9, ls=(0, (4, 3)))
-        if len(view.dense) > 1:
-            axes.set_title(f"head {head}", fontsize=10, color=INK)
+        if view.total > 1:
+            axes.set_title(f"head {view.heads[i]}", fontsize=10, color=INK)
         axes.tick_params(labelsize=8)
         axes.label_outer()
     for axes in grid.flat[len(chosen) :]:
@@ -98,10 +97,8 @@ def plot_matrices(view: MixingMatrices, heads: Sequence[int] | None = None) -> F
         axes.set_ylabel("output position", color=INK, fontsize=9)
     for axes in grid[-1]:
         axes.set_xlabel("input position", color=INK, fontsize=9)
-    assert image is not None
-    bar = figure.colorbar(image, ax=grid, shrink=0.85, extend="min")
-    bar.set_label("|weight| (logarithmic)", color=INK)
-    some = f"{len(chosen)} of {len(view.dense)} heads. " if len(chosen) < len(view.dense) else ""
+    figure.colorbar(image, ax=grid, shrink=0.85, extend="min").set_label("|weight|", color=INK)
+    some = f"{len(chosen)} of {view.total} heads. " if len(chosen) < view.total else ""
     note = f"{some}Grey: exactly zero." + (" Dashed: a document begins." if view.starts else "")
     _title(figure, f"Mixing matrix: {view.what}", note)
     return figure
@@ -147,7 +144,7 @@ def plot_transfer(view: TransferFunction, channels: Sequence[int] | None = None)
         top.plot(omega, level[channel], label=f"channel {channel}", **style)
         bottom.plot(omega, np.unwrap(np.angle(gain[channel])) / np.pi, **style)
     _dress(top, "", "gain (dB)")
-    top.legend(frameon=False, fontsize=8, ncols=2)
+    figure.legend(*top.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     _dress(bottom, "frequency (1: one swing in two tokens)", "phase (units of π)")
     bottom.set_xlim(0, 1)
     note = "" if view.exact else "From an impulse response that is cut off."
@@ -156,53 +153,88 @@ def plot_transfer(view: TransferFunction, channels: Sequence[int] | None = None)
 
 
 def plot_spectrum(view: Spectrum) -> Figure:
-    """Left: eigenvalues in the unit disc, or decays by head. Right: how many parts of the state have which time scale."""
-    from matplotlib.patches import Circle
-
-    figure = _figure(9.5, 4.2)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    """Eigenvalues in the unit disc and by frequency, or decays by head; and how much of the state has which time
+    scale."""
     values = _array(view.eigenvalues)
-    if np.iscomplexobj(values) and np.abs(values.imag).max() > 0:
-        both = np.concatenate([values.flatten(), values.conj().flatten()])
-        left.add_patch(Circle((0, 0), 1, fill=False, color=INK, lw=1))
-        left.scatter(both.real, both.imag, s=9, color=COLOURS[0], alpha=min(1.0, 0.15 + 150 / len(both)), lw=0)
-        reach = 1.08 * max(1.0, np.abs(both).max())
-        left.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-        _dress(left, "real part", "imaginary part")
-        left.set_title("eigenvalues per token, unit circle", fontsize=10, color=INK)
-    else:
-        order = np.argsort(np.median(values.real, axis=1))
-        low, middle, high = np.quantile(values.real[order], (0.05, 0.5, 0.95), axis=1)
-        at = np.arange(len(order))
-        left.fill_between(at, low, high, step="mid", color=COLOURS[5], alpha=0.45, lw=0, label="90 % of values")
-        left.plot(at, middle, color=COLOURS[0], lw=1.6, marker="o" if len(at) < 30 else None, ms=4, label="median")
-        left.axhline(1, color=INK, lw=0.8, ls=":")
-        _dress(left, "head or channel, sorted by median", "decay per token")
-        left.legend(frameon=False, fontsize=8, loc="lower right")
-        left.set_title("decay of each head", fontsize=10, color=INK)
     scales = _array(view.time_scales).flatten()
-    finite = scales[np.isfinite(scales) & (scales > 0)]
-    if len(finite):
-        edges = np.geomspace(max(finite.min(), 1e-2) * 0.9, max(finite.max(), 1.0) * 1.1, 48)
-        right.hist(np.clip(finite, edges[0], edges[-1]), bins=edges, color=COLOURS[0], weights=_shares(finite, scales))
-        right.set_xscale("log")
-        middle = float(np.median(scales))
-        if np.isfinite(middle):
-            right.axvline(middle, color=COLOURS[1], lw=1.5, ls="--", label=f"median {middle:,.3g} tokens")
-            right.legend(frameon=False, fontsize=8)
-    right.yaxis.set_major_formatter("{x:.0f} %")
-    _dress(right, "time scale (tokens to 1/e)", "share of the state")
-    right.set_title("time scales", fontsize=10, color=INK)
-    endless = 100 * (1 - len(finite) / len(scales))
+    turning = np.iscomplexobj(values) and np.abs(values.imag).max() > 0
+    figure = _figure(13 if turning else 9.5, 4.2)
+    panels = figure.subplots(1, 3 if turning else 2)
+    if turning:
+        _disc(panels[0], values.flatten())
+        _frequencies(panels[1], values.flatten(), scales)
+    else:
+        _decays(panels[0], values.real)
+    _histogram(panels[-1], scales)
+    endless = 100 * (1 - np.isfinite(scales).mean())
     parts = [f"{view.source}, {values.size:,} values"]
     parts += [f"{endless:.1f} % do not decay"] if endless > 0.05 else []
-    parts += [f"{100 * view.unstable_share:.1f} % grow"] if view.unstable_share > 0 else []
+    parts += [f"{100 * view.unstable_share:.1f} % are above one"] if view.unstable_share > 0 else []
     _title(figure, f"Spectrum: {view.what}", ", ".join(parts) + ".")
     return figure
 
 
-def _shares(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    return np.full(len(part), 100 / len(whole))
+def _disc(axes: Any, values: np.ndarray) -> None:
+    from matplotlib.patches import Circle
+
+    both = np.concatenate([values, values.conj()])
+    axes.add_patch(Circle((0, 0), 1, fill=False, color=INK, lw=0.8))
+    axes.scatter(both.real, both.imag, s=9, color=COLOURS[0], alpha=_opacity(len(both)), lw=0)
+    reach = 1.08 * max(1.0, np.abs(both).max())
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    _dress(axes, "real part", "imaginary part")
+    axes.set_title("eigenvalues per token, unit circle", fontsize=10, color=INK)
+
+
+def _frequencies(axes: Any, values: np.ndarray, scales: np.ndarray) -> None:
+    shown = np.isfinite(scales)
+    turns = np.abs(np.angle(values)) / (2 * np.pi)
+    axes.scatter(scales[shown], turns[shown], s=9, color=COLOURS[0], alpha=_opacity(len(values)), lw=0)
+    axes.set_xscale("log")
+    axes.set_ylim(-0.01, 0.51)
+    _dress(axes, "time scale (tokens to 1/e)", "frequency (swings per token)")
+    axes.set_title("which frequency is kept how long", fontsize=10, color=INK)
+
+
+def _decays(axes: Any, values: np.ndarray) -> None:
+    low, middle, high = np.quantile(values, (0.05, 0.5, 0.95), axis=1)
+    if len(values) <= 16:
+        spread = np.stack([middle - low, high - middle])
+        axes.errorbar(
+            np.arange(len(values)), middle, spread, color=COLOURS[0], fmt="o", capsize=4, label="90 %, median"
+        )
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _dress(axes, "head or channel", "decay per token")
+    else:
+        order, at = np.argsort(middle), np.arange(len(values))
+        axes.fill_between(at, low[order], high[order], color=COLOURS[5], alpha=0.45, lw=0, label="90 % of values")
+        axes.plot(at, middle[order], color=COLOURS[0], lw=1.6, label="median")
+        _dress(axes, "heads or channels, sorted", "decay per token")
+    axes.axhline(1, color=INK, lw=0.8, ls=":")
+    axes.legend(frameon=False, fontsize=8, loc="best")
+    axes.set_title("decays of each head", fontsize=10, color=INK)
+
+
+def _histogram(axes: Any, scales: np.ndarray) -> None:
+    finite = scales[np.isfinite(scales) & (scales > 0)]
+    if len(finite):
+        edges = np.geomspace(max(finite.min(), 1e-2) * 0.9, max(finite.max(), 1.0) * 1.1, 41)
+        shares = np.full(len(finite), 100 / len(scales))
+        axes.hist(np.clip(finite, edges[0], edges[-1]), bins=edges, color=COLOURS[0], weights=shares)
+        axes.set_xscale("log")
+        middle = float(np.median(scales))
+        if np.isfinite(middle):
+            axes.axvline(middle, color=COLOURS[1], lw=1.5, ls="--", label=f"median {middle:,.3g} tokens")
+            axes.set_ylim(top=1.12 * axes.get_ylim()[1])
+            axes.legend(frameon=False, fontsize=8, loc="upper right")
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_formatter("{x:.0f} %")
+    _dress(axes, "time scale (tokens to 1/e)", "share of the state")
+    axes.set_title("time scales", fontsize=10, color=INK)
+
+
+def _opacity(count: int) -> float:
+    return min(1.0, 0.15 + 150 / count)
 
 
 def plot_memory(views: Memory | Sequence[Memory]) -> Figure:
@@ -218,9 +250,11 @@ def plot_memory(views: Memory | Sequence[Memory]) -> Figure:
         lags = view.lags.numpy()
         curve = np.where(curve > 0, curve, np.nan) / (np.nanmax(curve) or 1.0)
         style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
-        name = f"{view.what}: half-life {view.half_life}, 90 % within {view.reach(0.9)}"
+        name = f"{view.what}: half within {view.half_life}, 90 % within {view.reach(0.9)} tokens"
         axes.plot(lags if ahead else lags + 1, curve, lw=1.8, label=name, **style)
     axes.set_yscale("log")
+    # Below the rounding of single precision nothing matters.
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-8), top=2)
     if ahead:
         axes.axvline(0, color=INK, lw=0.8, ls=":")
         _dress(axes, "tokens back (below zero: ahead)", "influence, largest = 1")
@@ -259,7 +293,7 @@ def plot_states(view: StateNorms) -> Figure:
     figure = _figure(8, 4.2)
     axes = figure.add_subplot()
     norms = _array(view.norms)
-    chosen = _chosen(len(view.names), None, "part")
+    chosen = _chosen(len(view.names), None, "part", SHOWN)
     for i, part in enumerate(chosen):
         style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
         name = f"{view.names[part]} ({int(view.sizes[part, -1]):,} numbers)"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import state as states
-from ..mixers.base import CausalMixer, HasImpulse, HasMixing
+from ..mixers.base import CausalMixer, HasImpulse
 from ..segments import Segments
 from ..state import State
-from .dsf import decays
+from .dsf import QUOTIENTS, own_system
 from .lti import diagonal_form
 
 MAX_STATE = 2048  # numbers of a state whose matrix of derivatives is taken
@@ -24,8 +24,9 @@ class Spectrum:
     Args:
         eigenvalues: (groups, samples): for each channel or head its modes, and, where they depend on the input, their
             values over positions.
-        source: "time-invariant"; "input-dependent" (the decays over a sample input); or "linearised" (eigenvalues of
-            the derivative of the state by the state before, at some positions).
+        source: "time-invariant"; "input-dependent" (the decays over a sample input); "normaliser quotients" (of
+            attention, over a sample input: above one is nothing unstable, the sum merely got smaller); or "linearised"
+            (eigenvalues of the derivative of the state by the state before, at some positions).
         what: the mixer, for titles.
     """
 
@@ -84,7 +85,7 @@ def spectrum(mixer: nn.Module, x: Tensor | None = None, seg: Segments | None = N
         raise ValueError(f"spectrum: x: the dynamics of {what} depend on the input; want a sample (B, L, D)")
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"spectrum: x: want (B, L, D) with at least one token, got {tuple(x.shape)}")
-    if isinstance(mixer, HasMixing) and (factors := decays(mixer, x, seg)) is not None:
+    if (system := own_system(mixer, x, seg)) is not None:
         kept = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         if seg is not None and seg.valid is not None:
             kept = seg.valid
@@ -92,8 +93,9 @@ def spectrum(mixer: nn.Module, x: Tensor | None = None, seg: Segments | None = N
         kept = kept & ~seg.resets if seg is not None else kept & (torch.arange(x.shape[1], device=x.device) > 0)
         if not kept.any():
             kept = torch.ones_like(kept)
-        sample = factors.expand(*x.shape[:2], *factors.shape[2:])[kept]  # (positions, H, P, n)
-        return Spectrum(sample.movedim(1, 0).flatten(1), "input-dependent", what)
+        sample = system.decay.expand(*x.shape[:2], *system.decay.shape[2:])[kept]  # (positions, H, P, n)
+        source = "normaliser quotients" if isinstance(mixer, QUOTIENTS) else "input-dependent"
+        return Spectrum(sample.movedim(1, 0).flatten(1), source, what)
     return Spectrum(_linearised(mixer, x), "linearised", what)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -139,6 +139,18 @@ class HeadSystem(System):
                 f"{tuple(self.decay.shape)}, {tuple(self.write.shape)} and {tuple(self.read.shape)}"
             )
 
+    def heads(self, chosen: Sequence[int]) -> HeadSystem:
+        """These heads alone, without `emit`, which wants all of them."""
+
+        def some(t: Tensor) -> Tensor:
+            return t[:, :, list(chosen)] if t.shape[2] > 1 else t
+
+        def emit(y: Tensor) -> Tensor:
+            raise ValueError(f"HeadSystem.heads: emit wants all {self.v.shape[2]} heads, got {len(chosen)}")
+
+        parts = (some(t) for t in (self.decay, self.write, self.read, self.skip, self.v))
+        return HeadSystem(*parts, emit)
+
     @property
     def expansion(self) -> int:
         n = max(t.shape[-1] for t in (self.decay, self.write, self.read))
@@ -213,10 +225,7 @@ class MixedSystem(System):
         return self.decay.shape[2] * (2 if self.decay.is_complex() or self.write.is_complex() else 1)
 
     def recurrence(self) -> Tensor:
-        return self._expanded(Dense.run)
-
-    def _expanded(self, run: Callable[[Dense, Tensor], Tensor]) -> Tensor:
-        return run(self.dense(), self.v)
+        return self.dense().run(self.v)
 
     def matrix(self) -> Tensor:
         """(B, L, L, P, P): [b, t, s, out, in]."""
