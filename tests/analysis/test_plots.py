@@ -46,7 +46,7 @@ PICTURES = {
         analysis.spectrum(zeros(build("normalized_attention")), draw())
     ),
     "memory of several": lambda: analysis.plot_memory(
-        [analysis.memory(build(n), draw()) for n in ("s4d", "mamba", "bidirectional")]
+        [analysis.memory(build(n), draw()) for n in ("s4d", "mamba", "bidirectional_s5")]
     ),
     "memory of nothing": lambda: analysis.plot_memory(analysis.memory(zeros(build("s4d")), draw())),
     "influence": lambda: analysis.plot_influence(analysis.memory(build("bidirectional", mixer="s4d"), draw())),
@@ -67,7 +67,7 @@ def test_pictures(name, tmp_path):
     assert figure.get_suptitle()
     for axes in figure.axes:
         if axes.axison and axes.get_subplotspec() is not None and axes.get_label() != "<colorbar>":
-            assert axes.has_data(), name
+            assert axes.has_data() or axes.texts, name
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
 
 

@@ -303,7 +303,7 @@ def test_norms_of_states():
     growing = analysis.state_norms(build("attention", n_heads=1), x)
     assert growing.sizes[0].tolist() == [D * (t + 1) for t in range(L)]
     with pytest.raises(TypeError, match="want a causal mixer or model"):
-        analysis.state_norms(build("bidirectional"), x)
+        analysis.state_norms(build("bidirectional", mixer="s4d"), x)
 
 
 def test_mixers_of_a_model_and_what_they_see():

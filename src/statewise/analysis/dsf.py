@@ -87,8 +87,8 @@ def _lti(mixer: HasImpulse, x: Tensor, seg: Segments | None) -> System:
 
     if decay.ndim == 1:
         return MixedSystem(decay[None, None], write[None, None], read[None, None], skip[None, None], x, emit)
-    parts = (t[None, None, :, None] for t in (decay, write, read))
-    return HeadSystem(*parts, skip[None, None, :, None], x.unsqueeze(-1), emit)
+    decay, write, read = (t[None, None, :, None] for t in (decay, write, read))
+    return HeadSystem(decay, write, read, skip[None, None, :, None], x.unsqueeze(-1), emit)
 
 
 @_system.register
@@ -137,9 +137,9 @@ def _qlstm(mixer: QLSTM, x: Tensor, seg: Segments | None) -> System:
 
 def _channels(a: Tensor, write: Tensor, read: Tensor, v: Tensor, emit: Any) -> System:
     """Each channel of (B, L, D) is a system with one number of state."""
-    parts = (t[..., None, None] for t in (a, write, read))
     none = torch.zeros_like(a[:1, :1, :1, None])
-    return HeadSystem(*parts, none, widen(v)[..., None], lambda y: emit(y.squeeze(-1)))
+    a, write, read = (t[..., None, None] for t in (a, write, read))
+    return HeadSystem(a, write, read, none, widen(v)[..., None], lambda y: emit(y.squeeze(-1)))
 
 
 @_system.register

@@ -216,7 +216,9 @@ def state_norms(model: Causal, x: Tensor, seg: Segments | None = None) -> StateN
         raise TypeError(f"state_norms: model: want a causal mixer or model, which has a state, got {model!r:.80}")
     if x.ndim < 2 or 0 in x.shape[:2]:
         raise ValueError(f"state_norms: x: want (B, L) or (B, L, D) with at least one token, got {tuple(x.shape)}")
-    state, rows, sizes, names = model.init_state(len(x), device=x.device), [], [], ()
+    dtype = torch.promote_types(_dtype(model, x), torch.float32)
+    state, rows, sizes = model.init_state(len(x), device=x.device, dtype=dtype), [], []
+    names: tuple[str, ...] = ()
     for t in range(x.shape[1]):
         state = model.extend(x[:, t : t + 1], state, None if seg is None else seg[:, t : t + 1])[1]
         parts = [(n, s) for n, s in states.leaves(state) if s.is_floating_point() or s.is_complex()]

@@ -64,6 +64,10 @@ def _chosen(count: int, asked: Sequence[int] | None, what: str, most: int = LINE
     return list(asked)
 
 
+def _style(i: int) -> dict[str, Any]:
+    return {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
+
+
 def _array(t: torch.Tensor) -> np.ndarray:
     t = t.detach().cpu()
     return (t if t.is_complex() else t.double()).numpy()
@@ -110,8 +114,7 @@ def plot_impulse(view: ImpulseResponse, channels: Sequence[int] | None = None) -
     figure = _figure(9.5, 3.9)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     for i, channel in enumerate(chosen):
-        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
-        left.plot(_array(view.taps[channel]), lw=1.5, label=f"{channel}", **style)
+        left.plot(_array(view.taps[channel]), lw=1.5, label=f"{channel}", **_style(i))
     left.axhline(0, color=INK, lw=0.6)
     _dress(left, "tokens after the impulse", "response")
     left.legend(title="channel", frameon=False, fontsize=8, title_fontsize=8)
@@ -140,9 +143,8 @@ def plot_transfer(view: TransferFunction, channels: Sequence[int] | None = None)
     low, high = np.quantile(level, (0.1, 0.9), axis=0)
     top.fill_between(omega, low, high, color=PALE, lw=0, label="80 % of channels")
     for i, channel in enumerate(chosen):
-        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)], "lw": 1.4}
-        top.plot(omega, level[channel], label=f"channel {channel}", **style)
-        bottom.plot(omega, np.unwrap(np.angle(gain[channel])) / np.pi, **style)
+        top.plot(omega, level[channel], lw=1.4, label=f"channel {channel}", **_style(i))
+        bottom.plot(omega, np.unwrap(np.angle(gain[channel])) / np.pi, lw=1.4, **_style(i))
     _dress(top, "", "gain (dB)")
     figure.legend(*top.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     _dress(bottom, "frequency (1: one swing in two tokens)", "phase (units of π)")
@@ -227,6 +229,8 @@ def _histogram(axes: Any, scales: np.ndarray) -> None:
             axes.axvline(middle, color=COLOURS[1], lw=1.5, ls="--", label=f"median {middle:,.3g} tokens")
             axes.set_ylim(top=1.12 * axes.get_ylim()[1])
             axes.legend(frameon=False, fontsize=8, loc="upper right")
+    else:
+        axes.text(0.5, 0.5, "nothing decays", ha="center", color=INK, transform=axes.transAxes)
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.yaxis.set_major_formatter("{x:.0f} %")
     _dress(axes, "time scale (tokens to 1/e)", "share of the state")
@@ -244,17 +248,18 @@ def plot_memory(views: Memory | Sequence[Memory]) -> Figure:
     views = [views] if isinstance(views, Memory) else list(views)
     figure = _figure(8, 4.4)
     axes = figure.add_subplot()
-    ahead = any(view.looks_ahead for view in views)
+    ahead, some = any(view.looks_ahead for view in views), False
     for i, view in enumerate(views):
         curve = _array(view.curve)
         lags = view.lags.numpy()
-        curve = np.where(curve > 0, curve, np.nan) / (np.nanmax(curve) or 1.0)
-        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
+        some |= curve.max() > 0
+        curve = np.where(curve > 0, curve, np.nan) / (curve.max() or 1.0)
         name = f"{view.what}: half within {view.half_life}, 90 % within {view.reach(0.9)} tokens"
-        axes.plot(lags if ahead else lags + 1, curve, lw=1.8, label=name, **style)
-    axes.set_yscale("log")
-    # Below the rounding of single precision nothing matters.
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-8), top=2)
+        axes.plot(lags if ahead else lags + 1, curve, lw=1.8, label=name, **_style(i))
+    if some:
+        axes.set_yscale("log")
+        # Below the rounding of single precision nothing matters.
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-8), top=2)
     if ahead:
         axes.axvline(0, color=INK, lw=0.8, ls=":")
         _dress(axes, "tokens back (below zero: ahead)", "influence, largest = 1")
@@ -295,9 +300,8 @@ def plot_states(view: StateNorms) -> Figure:
     norms = _array(view.norms)
     chosen = _chosen(len(view.names), None, "part", SHOWN)
     for i, part in enumerate(chosen):
-        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
         name = f"{view.names[part]} ({int(view.sizes[part, -1]):,} numbers)"
-        axes.plot(np.arange(1, norms.shape[1] + 1), norms[part], lw=1.6, label=name, **style)
+        axes.plot(np.arange(1, norms.shape[1] + 1), norms[part], lw=1.6, label=name, **_style(i))
     shown = norms[chosen]
     if shown.min() > 0 and shown.max() > 100 * shown.min():
         axes.set_yscale("log")

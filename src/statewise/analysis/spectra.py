@@ -111,10 +111,11 @@ def _linearised(mixer: CausalMixer, x: Tensor, samples: int = 8) -> Tensor:
             f"spectrum: mixer: the state of {type(mixer).__name__} keeps its inputs as they are and only grows, so "
             "nothing in it decays; `analysis.memory` shows how far it looks back"
         )
-    if sum(sizes) > MAX_STATE:
+    numbers = sum(t.numel() * (2 if t.is_complex() else 1) for _, t in states.leaves(start))
+    if numbers > MAX_STATE:
         raise ValueError(
-            f"spectrum: mixer: {type(mixer).__name__} has {sum(sizes)} numbers of state; want at most {MAX_STATE} to "
-            "take all of their derivatives"
+            f"spectrum: mixer: {type(mixer).__name__} has {numbers} numbers of state; want at most {MAX_STATE} to take "
+            "all of their derivatives"
         )
     places = set(torch.linspace(0, x.shape[1] - 1, min(samples, x.shape[1])).long().tolist())
     state, found = mixer.init_state(1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)), []

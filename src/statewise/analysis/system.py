@@ -148,8 +148,7 @@ class HeadSystem(System):
         def emit(y: Tensor) -> Tensor:
             raise ValueError(f"HeadSystem.heads: emit wants all {self.v.shape[2]} heads, got {len(chosen)}")
 
-        parts = (some(t) for t in (self.decay, self.write, self.read, self.skip, self.v))
-        return HeadSystem(*parts, emit)
+        return HeadSystem(some(self.decay), some(self.write), some(self.read), some(self.skip), some(self.v), emit)
 
     @property
     def expansion(self) -> int:
