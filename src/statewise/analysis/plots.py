@@ -5,6 +5,7 @@ Colours are those of Okabe and Ito, and cividis, which people of all kinds of co
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -250,8 +251,10 @@ def plot_memory(views: Memory | Sequence[Memory]) -> Figure:
     axes = figure.add_subplot()
     ahead, some = any(view.looks_ahead for view in views), False
     for i, view in enumerate(views):
-        curve = _array(view.curve)
-        lags = view.lags.numpy()
+        curve, lags = _array(view.curve), view.lags.numpy()
+        # The longest lags stand for the last outputs alone; a quarter of the outputs at least is shown.
+        deep = int(view.positions[len(view.positions) * 3 // 4])
+        curve, lags = curve[lags <= deep], lags[lags <= deep]
         some |= curve.max() > 0
         curve = np.where(curve > 0, curve, np.nan) / (curve.max() or 1.0)
         name = f"{view.what}: half within {view.half_life}, 90 % within {view.reach(0.9)} tokens"
@@ -323,4 +326,11 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
     """
     if os.path.splitext(os.fspath(path))[1].lower() != ".png":
         raise ValueError(f"out: want a file name that ends in .png, got {os.fspath(path)}")
-    figure.savefig(path, dpi=130, metadata={"Software": "statewise"})
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    with Image.open(drawn) as image:
+        # 256 colours are all that such a picture needs, in a third of the bytes.
+        few = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(path, format="PNG", optimize=True)
