@@ -23,6 +23,12 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "bidirectional_attention": [{"n_heads": 2}, {"n_heads": 4, "rope": False, "bias": False}],
     "lstm": [{}],
+    "linear_attention": [
+        {"n_heads": 2},
+        {"n_heads": 2, "key_dim": 3, "head_dim": 5, "feature_map": "taylor", "d_conv": 3},
+    ],
+    "normalized_attention": [{}, {"n_heads": 2, "key_dim": 3, "bias": False, "d_conv": 2}],
+    "qlstm": [{}, {"expand": 1.5, "d_conv": 1, "reverse_gate": False}],
     "mamba": [
         {"d_state": 4},
         {"d_state": 4, "coefficient_norm": "rms"},

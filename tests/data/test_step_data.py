@@ -24,6 +24,7 @@ MAKERS = {
     "packed": _packed,
     "copying": lambda **o: SelectiveCopyingData(4, 20, 5, 6, n_validation=9, **o),
     "mqar": lambda **o: MQARData(4, 20, 5, 32, n_validation=9, **o),
+    "mqar with short gaps": lambda **o: MQARData(4, 20, 5, 32, 0.01, n_validation=9, **o),
 }
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": ("generate", "continue a text with a trained model"),
     "states": ("states", "list, show, trim, compare, fork and remove stored states"),
     "evaluate": ("evaluate", "bits per byte of a text under a trained model, beside baselines"),
+    "matrix": ("matrix", "see what the mixers of a model do: matrices, responses, spectra, memory, as PNG"),
     "convert": ("convert", "write a checkpoint in another format: ours, of transformers, of mamba_ssm"),
     "export": ("export", "write a model for other programs: ONNX, PyTorch programs, GGUF for llama.cpp"),
     "data": ("data", "make and read classification data sets, see what is there, look at it"),

@@ -91,13 +91,15 @@ class MQARData(ProbeData):
     A row of `length` begins with `n_pairs` pairs; in what follows each key stands once more at a random place (the
     answer there is its value) among blanks.
 
-    Source: Arora et al., "Zoology" (2023, arXiv 2312.04927). There the rest of a row is random tokens and the distance
-    of queries follows a power law; here it is blanks and uniform.
+    Source: Arora et al., "Zoology" (2023, arXiv 2312.04927). There the rest of a row is random tokens; here it is
+    blanks, as in Sieber et al. 2024 (arXiv 2405.15731).
 
     Args:
-        length: tokens of a row, at least 3 per pair.
+        length: tokens of a row, at least 3 per pair (4 with `gap_power`).
         n_pairs: pairs to remember.
         vocab_size: half of the tokens are keys, half values, beside one blank.
+        gap_power: a of the power law of the papers (they take 0.01): queries stand at every second place after the
+            pairs, and the g-th of these is drawn with a weight of g^(a - 1), so most come soon. None: anywhere alike.
     """
 
     def __init__(
@@ -106,13 +108,16 @@ class MQARData(ProbeData):
         length: int = 64,
         n_pairs: int = 8,
         vocab_size: int = 256,
+        gap_power: float | None = None,
         *,
         n_validation: int = 512,
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, n_validation=n_validation, seed=seed)
-        if n_pairs < 1 or 3 * n_pairs > length:
-            raise ValueError(f"n_pairs: want 1 to length / 3 = {length // 3}, got {n_pairs}")
+        each = 3 if gap_power is None else 4
+        if n_pairs < 1 or each * n_pairs > length:
+            raise ValueError(f"n_pairs: want 1 to length / {each} = {length // each}, got {n_pairs}")
+        self.gap_power = gap_power
         self.length, self.n_pairs, self.vocab_size = length, n_pairs, vocab_size
         self.blank, self.n_values = 0, vocab_size // 2
         self.n_keys = vocab_size - 1 - self.n_values
@@ -126,8 +131,18 @@ class MQARData(ProbeData):
         tokens = np.full((rows, self.length), self.blank, np.int64)
         tokens[:, 0 : 2 * n : 2] = keys
         tokens[:, 1 : 2 * n : 2] = values
-        places = 2 * n + np.argsort(rng.random((rows, self.length - 2 * n)), axis=1)[:, :n]
+        places = 2 * n + self._gaps(rows, rng)
         np.put_along_axis(tokens, places, keys, axis=1)
         targets = np.full_like(tokens, IGNORE)
         np.put_along_axis(targets, places, values, axis=1)
         return tokens, targets
+
+    def _gaps(self, rows: int, rng: np.random.Generator) -> np.ndarray:
+        """Where the queries stand, counted from the end of the pairs: (rows, n_pairs), all different in a row."""
+        room = self.length - 2 * self.n_pairs
+        if self.gap_power is None:
+            return np.argsort(rng.random((rows, room)), axis=1)[:, : self.n_pairs]
+        weight = np.arange(1, room // 2 + 1) ** (self.gap_power - 1.0)
+        # The shortest of exponential waiting times, with the weights as rates: draws without putting back.
+        waiting = rng.exponential(size=(rows, room // 2)) / weight
+        return 2 * np.argsort(waiting, axis=1)[:, : self.n_pairs]

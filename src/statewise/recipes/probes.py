@@ -62,6 +62,7 @@ def mqar(
     length: int = 64,
     n_pairs: int = 8,
     vocab_size: int = 256,
+    gap_power: float | None = None,
     training: Training = Training(steps=1000, batch_size=64, lr=1e-2, warmup=100),  # noqa: B008
 ) -> Recipe:
     """Multi-query associative recall: pairs of key and value, then each key asks for its value.
@@ -73,9 +74,10 @@ def mqar(
         length: tokens of a row, at least three per pair
         n_pairs: pairs to remember
         vocab_size: keys and values, half of each
+        gap_power: queries follow the power law of the papers, with this exponent (0.01 there); anywhere if not given
     """
     from ..data.probes import MQARData
 
-    data = MQARData(training.batch_size, length, n_pairs, vocab_size, seed=training.seed)
-    options = {"length": length, "n_pairs": n_pairs, "vocab_size": vocab_size}
+    data = MQARData(training.batch_size, length, n_pairs, vocab_size, gap_power, seed=training.seed)
+    options = {"length": length, "n_pairs": n_pairs, "vocab_size": vocab_size, "gap_power": gap_power}
     return _probe("probes.mqar", data, model, d_model, n_layer, training, options)

@@ -1,0 +1,80 @@
+"""Time-invariant mixers: their diagonal form, if they have one, however their class writes it down."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..mixers.base import HasImpulse
+from ..ops._precision import widen
+
+_TAPS = 4  # of the impulse response that tell whether, and how, the diagonal form means the mixer
+
+
+class Diagonal(NamedTuple):
+    """y = Re(read h) + skip v. One system a channel, (D, n) each, or one for all: (N,), (N, D) and (D, N)."""
+
+    decay: Tensor
+    write: Tensor
+    read: Tensor
+    skip: Tensor  # (D,)
+
+    def response(self, length: int) -> Tensor:
+        """The impulse response, (D, length) or (D_out, D_in, length)."""
+        at = torch.arange(length, device=self.decay.device)
+        power = self.decay.unsqueeze(-1) ** at
+        if self.decay.ndim == 1:
+            taps = torch.einsum("on,nl,ni->oil", self.read, power, self.write.to(power.dtype))
+            first = torch.diag(self.skip).unsqueeze(-1)
+        else:
+            taps = ((self.read * self.write).unsqueeze(-1) * power).sum(1)
+            first = self.skip.unsqueeze(-1)
+        taps = taps.real if taps.is_complex() else taps
+        return taps + first * (at == 0)
+
+
+@torch.no_grad()
+def diagonal_form(mixer: HasImpulse) -> Diagonal | None:
+    """The mixer's state space as it acts on a sequence, or None if its class does not show a diagonal form.
+
+    `discrete()` of a mixer gives log A_bar, B_bar, C and D. Some keep one of each conjugate pair of modes and read
+    twice the real part, some keep both and read it once. Which is meant is told by the mixer's own impulse response.
+    """
+    discrete = getattr(mixer, "discrete", None)
+    if not callable(discrete):
+        return None
+    parts = _parts(discrete())
+    if parts is None:
+        return None
+    log_a, write, read, skip = parts
+    want = widen(mixer.impulse(_TAPS))
+    for times in (2, 1):
+        form = Diagonal(log_a.exp(), write, times * read, skip)
+        got = form.response(_TAPS).to(want.dtype)
+        size = want.abs().max()
+        if got.shape == want.shape and (got - want).abs().max() <= 1e-4 * size:
+            return form
+    return None
+
+
+def _parts(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    if not isinstance(given, tuple) or len(given) != 4:
+        return None
+    log_a, write, read, skip = given
+    if isinstance(read, tuple):
+        # One read-out for each direction; a causal mixer has one.
+        if len(read) != 1:
+            return None
+        (read,) = read
+    tensors = (log_a, write, read, skip)
+    if not all(isinstance(t, Tensor) for t in tensors) or skip.ndim != 1:
+        return None
+    D = len(skip)
+    if log_a.ndim == 1:
+        return tensors if write.shape == (len(log_a), D) and read.shape == (D, len(log_a)) else None
+    if log_a.ndim != 2 or log_a.shape[0] not in (1, D):
+        return None
+    shape = (D, log_a.shape[1])
+    return log_a.expand(shape), write.expand(shape), read.expand(shape), skip

@@ -1,0 +1,361 @@
+"""`statewise matrix MODEL --out m.png`: pictures of what the mixers of a model do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from .._names import unknown
+from .console import terminal
+from .errors import UserError, user_errors
+from .options import Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..segments import Segments
+
+What = Literal["matrix", "influence", "impulse", "transfer", "spectrum", "memory", "state"]
+SAMPLE = "The river ran low that summer, and the boats that used to carry grain to the coast lay still in the mud. "
+MAX_RANDOM = 1_500_000_000  # parameters of a preset that is built with random weights, only to be looked at
+TABLE_ROWS = 12
+
+
+class Look(NamedTuple):
+    """What is looked at."""
+
+    subject: Any  # a mixer or a whole model
+    x: Tensor
+    seg: Segments | None
+    name: str
+
+
+def matrix(
+    model: str,
+    out: str | None = None,
+    what: What = "matrix",
+    layer: int | None = None,
+    head: str | None = None,
+    length: int = 128,
+    text: str | None = None,
+    tokens: str | None = None,
+    documents: str | None = None,
+    d_model: int = 64,
+    seed: int = 0,
+) -> int:
+    """Show what the mixers of a model do: a table, and a PNG with --out.
+
+    Args:
+        model: run directory, checkpoint of a run, directory with a model; or, with random weights, the name of a model
+            or mixer of `statewise list`, or a mixer with options such as '{"name": "mamba2", "d_state": 16}'
+        out: picture to write, a .png
+        what: matrix (which input goes into which output), influence (the same by gradients, for any mixer), impulse
+            and transfer (responses of a time-invariant mixer), spectrum (decays and time scales), memory (influence
+            by distance), state (its norm while reading)
+        layer: which mixer of the model, from 0; for memory, influence and state the whole model if not given, for the
+            others 0
+        head: heads or channels to show, with commas between; some of them if not given
+        length: how many tokens to read; longer input is cut
+        text: what a language model reads; some English (for bytes) or random tokens if not given
+        tokens: the same as token numbers with commas between
+        documents: lengths of documents that lie side by side in the input, with commas between
+        d_model: width of a mixer given by name
+        seed: of random weights and inputs
+    """
+    with user_errors():
+        if length < 2:
+            raise ValueError(f"--length: want at least 2 tokens, got {length}")
+        if out is not None:
+            _check_out(out)
+        look = _look(model, what, layer, length, text, tokens, documents, d_model, seed)
+        figure, table, note = _VIEWS[what](look, _numbers("head", head), out is not None)
+        if out is not None:
+            from ..analysis import save
+
+            save(figure, out)
+    console = terminal()
+    console.print(table)
+    if note:
+        console.print(note, highlight=False)
+    if out is not None:
+        print(f"wrote {out}")
+    return 0
+
+
+def _check_out(out: str) -> None:
+    """Before anything is computed."""
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out: want a file name that ends in .png, got {out}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out: there is no directory {path.parent}")
+
+
+def _numbers(option: str, given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise ValueError(f"--{option}: want whole numbers with commas between, got {given!r}") from None
+
+
+# ---- what is looked at -----------------------------------------------------------------------------------------------
+
+
+def _look(
+    name: str, what: What, layer: int | None, length: int, text: str | None, tokens: str | None,
+    documents: str | None, d_model: int, seed: int,
+) -> Look:  # fmt: skip
+    import torch
+
+    from ..analysis import mixer_input, sequence_mixers
+    from ..models.language._causal_lm import CausalLM
+
+    torch.manual_seed(seed)
+    model = _build(name, d_model).eval()
+    mixers = sequence_mixers(model)
+    if not mixers:
+        raise ValueError(f"{name}: {type(model).__name__} has no mixer to look at")
+    if layer is not None and not 0 <= layer < len(mixers):
+        raise ValueError(f"--layer: {name} has mixers 0 to {len(mixers) - 1}, got {layer}")
+    reads = isinstance(model, CausalLM)
+    if not reads and (text is not None or tokens is not None):
+        raise ValueError(f"--{'tokens' if text is None else 'text'}: {name} does not read tokens")
+    lengths = _numbers("documents", documents)
+    if reads:
+        given = _tokens(model, name, length, text, tokens)
+        seg = _segments(lengths, given.shape[1])
+        if layer is None and what in ("memory", "influence", "state"):
+            if seg is not None:
+                raise ValueError(f"--documents: is for a layer; give one with --layer to see its {what}")
+            return Look(model, given, None, f"{type(model).__name__}, {len(mixers)} layers")
+    at = layer or 0
+    mixer = mixers[at][1]
+    title = type(mixer).__name__ if mixer is model else f"{type(mixer).__name__}, layer {at} of {len(mixers)}"
+    if reads:
+        seen = mixer_input(model, mixer, given, seg)
+        return Look(mixer, seen.x, seen.seg, title)
+    weight = next(mixer.parameters())
+    x = torch.randn(1, length, getattr(mixer, "d_model", d_model), dtype=weight.dtype)
+    return Look(mixer, x, _segments(lengths, length), title)
+
+
+def _build(name: str, d_model: int) -> Any:
+    from .. import mixers
+    from ..inference import load_run
+    from ..models import create_model, list_models, parameter_count
+
+    if Path(name).exists():
+        return load_run(name)
+    if name in list_models():
+        count = parameter_count(name)
+        if count > MAX_RANDOM:
+            raise ValueError(
+                f"{name} has {count / 1e9:.1f} B parameters, too many to draw at random only to look at; give the "
+                "directory of a checkpoint, or a mixer"
+            )
+        return create_model(name)
+    if name.lstrip().startswith("{"):
+        try:
+            options = json.loads(name)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"MODEL: is not JSON: {error}") from error
+        if not isinstance(options.get("name"), str):
+            raise ValueError(f"MODEL: want a 'name' of a mixer in {name}")
+        return mixers.create(options.pop("name"), d_model, **options)
+    if name in mixers.names():
+        return mixers.create(name, d_model)
+    if "/" in name or Path(name).suffix:
+        raise ValueError(f"there is no run directory {name}")
+    raise ValueError(unknown("model", name, [*list_models(), *mixers.names()]))
+
+
+def _tokens(model: Any, name: str, length: int, text: str | None, tokens: str | None) -> Tensor:
+    import torch
+
+    from ..inference import tokenizer_for
+
+    size = model.vocab_size
+    if text is not None and tokens is not None:
+        raise ValueError("--tokens: want either a text or tokens, got both")
+    if tokens is not None:
+        ids = _numbers("tokens", tokens) or []
+        bad = [i for i in ids if not 0 <= i < size]
+        if bad:
+            raise ValueError(f"--tokens: want 0 to {size - 1}, got {bad[0]}")
+    elif text is not None:
+        ids = tokenizer_for(model, name).encode(text)
+    elif size == 256:
+        ids = list((SAMPLE * -(-length // len(SAMPLE))).encode())
+    else:
+        ids = torch.randint(size, (length,)).tolist()
+    if len(ids) < 2:
+        raise ValueError(f"--{'text' if tokens is None else 'tokens'}: want at least 2 tokens, got {len(ids)}")
+    return torch.tensor([ids[:length]])
+
+
+def _segments(lengths: list[int] | None, total: int) -> Segments | None:
+    from ..segments import Segments
+
+    if lengths is None:
+        return None
+    if min(lengths) < 1 or sum(lengths) > total:
+        raise ValueError(f"--documents: want lengths of at least 1 with a sum of at most {total}, got {lengths}")
+    rest = total - sum(lengths)
+    return Segments.pack([lengths + [rest] * (rest > 0)])
+
+
+# ---- the views: a figure (only if one is written), a table, and a line below it --------------------------------------
+
+
+def _table(title: str, columns: list[str], rows: list[list[str]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", min_width=36)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows[:TABLE_ROWS]:
+        table.add_row(*row)
+    if len(rows) > TABLE_ROWS:
+        table.add_row(f"... {len(rows) - TABLE_ROWS} more", *[""] * (len(columns) - 1))
+    return table
+
+
+def _number(value: Any) -> str:
+    value = float(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _only(what: str, look: Look, kind: Any, instead: str) -> None:
+    if not isinstance(look.subject, kind):
+        raise UserError(f"--what {what}: {look.name} {instead}")
+
+
+def _matrix(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
+    from ..analysis import mixing_matrices, plot_matrices
+    from ..mixers.base import HasMixing
+
+    _only("matrix", look, HasMixing, "is not one matrix times one value; --what influence shows it by gradients")
+    view = replace(mixing_matrices(look.subject, look.x, look.seg, heads=heads or 6), what=look.name)
+    rows = [
+        [str(h), _number(lag), f"{100 * own:.0f} %", _number(rank)]
+        for h, lag, own, rank in zip(view.heads, view.mean_lag, view.diagonal_share, view.rank)
+    ]
+    table = _table(look.name, ["head", "mean lag", "on the diagonal", "effective rank"], rows)
+    return plot_matrices(view) if draw else None, table, f"{len(rows)} of {view.total} heads, {look.x.shape[1]} tokens"
+
+
+def _influence(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
+    from ..analysis import plot_influence
+
+    view = _gradients(look, heads)
+    return plot_influence(view) if draw else None, _reaches(view), _sides(view)
+
+
+def _memory(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
+    from ..analysis import plot_memory
+
+    view = _gradients(look, heads)
+    return plot_memory(view) if draw else None, _reaches(view), _sides(view)
+
+
+def _gradients(look: Look, heads: list[int] | None) -> Any:
+    from ..analysis import memory
+
+    if heads is not None:
+        raise ValueError("--head: outputs are looked at as a whole here; it is for matrix, impulse and transfer")
+    return memory(look.subject, look.x, seg=look.seg, what=look.name)
+
+
+def _reaches(view: Any) -> Any:
+    rows = [[f"{share:.0%}", f"{view.reach(share):,}"] for share in (0.5, 0.9, 0.99)]
+    return _table(view.what, ["share of the influence of the past", "lies within so many tokens"], rows)
+
+
+def _sides(view: Any) -> str:
+    return "looks ahead as well" if view.looks_ahead else ""
+
+
+def _impulse(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
+    from ..analysis import impulse_response, plot_impulse
+    from ..mixers.base import HasImpulse
+
+    _only("impulse", look, HasImpulse, "is not time-invariant; --what matrix or memory shows what it does to an input")
+    view = replace(impulse_response(look.subject, look.x.shape[1]), what=look.name)
+    rows = [
+        [label, _number(view.taps.abs().amax(-1).quantile(q)), _number(view.reach(0.5).double().quantile(q)),
+         _number(view.reach(0.99).double().quantile(q))]
+        for label, q in (("low (10 %)", 0.1), ("median", 0.5), ("high (90 %)", 0.9))
+    ]  # fmt: skip
+    table = _table(look.name, ["channels", "largest tap", "half of the energy", "99 % of the energy"], rows)
+    return plot_impulse(view, heads) if draw else None, table, "energies in tokens"
+
+
+def _transfer(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
+    from ..analysis import plot_transfer, transfer_function
+    from ..mixers.base import HasImpulse
+
+    _only("transfer", look, HasImpulse, "is not time-invariant, so it has no transfer function")
+    view = replace(transfer_function(look.subject), what=look.name)
+    size = view.gain.abs()
+    parts = [size[:, 0], size[:, size.shape[1] // 2], size[:, -1], size.amax(1)]
+    rows = [
+        [label, *(_number(part.quantile(q)) for part in parts)]
+        for label, q in (("low (10 %)", 0.1), ("median", 0.5), ("high (90 %)", 0.9))
+    ]  # fmt: skip
+    table = _table(look.name, ["channels", "gain at 0", "in the middle", "at the highest", "largest"], rows)
+    return plot_transfer(view, heads) if draw else None, table, "" if view.exact else "from a response that is cut off"
+
+
+def _spectrum(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
+    from ..analysis import plot_spectrum, spectrum
+
+    if heads is not None:
+        raise ValueError("--head: a spectrum shows all heads; it is for matrix, impulse and transfer")
+    try:
+        view = replace(spectrum(look.subject, look.x, look.seg), what=look.name)
+    except TypeError as error:
+        raise UserError(f"--what spectrum: {error}; --what memory works for all") from error
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+    rows = [[f"{share:.0%}", _number(value)] for share, value in zip(shares, view.quantiles(shares))]
+    table = _table(look.name, ["share of the state", "forgets to 1/e within tokens"], rows)
+    note = f"{view.source}, {view.eigenvalues.numel():,} values, {100 * view.unstable_share:.1f} % above one"
+    return plot_spectrum(view) if draw else None, table, note
+
+
+def _state(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
+    from ..analysis import plot_states, state_norms
+    from ..mixers.base import Causal
+
+    if heads is not None:
+        raise ValueError("--head: a state is shown as a whole; it is for matrix, impulse and transfer")
+    _only("state", look, Causal, "looks ahead, so it has no state; --what influence shows what it does")
+    view = replace(state_norms(look.subject, look.x, look.seg), what=look.name)
+    rows = [
+        [name, f"{int(size[-1]):,}", _number(norm[0]), _number(norm.max()), _number(norm[-1])]
+        for name, norm, size in zip(view.names, view.norms, view.sizes)
+    ]
+    table = _table(look.name, ["part of the state", "numbers", "norm at first", "largest", "at last"], rows)
+    return plot_states(view) if draw else None, table, f"{look.x.shape[1]} tokens"
+
+
+_VIEWS = {
+    "matrix": _matrix,
+    "influence": _influence,
+    "impulse": _impulse,
+    "transfer": _transfer,
+    "spectrum": _spectrum,
+    "memory": _memory,
+    "state": _state,
+}
+
+
+def main(argv: list[str]) -> int:
+    options = Options("matrix", matrix, positional=["model"])
+    if "--help" in argv or "-h" in argv:
+        print(options.help())
+        return 0
+    return matrix(**options.parse(argv))

@@ -1,0 +1,98 @@
+"""`statewise matrix`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from statewise.cli import main
+from statewise.models.language import LanguageModel
+
+MIXER = '{"name": "mamba2", "d_state": 4, "head_dim": 8}'
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    parts = [{"name": "mamba2", "d_state": 4, "head_dim": 8}, {"name": "attention", "n_heads": 2}]
+    LanguageModel(256, 16, 2, mixer=parts).save_pretrained("model")
+    LanguageModel(50, 16, 1, mixer=parts[0]).save_pretrained("other")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model"], ["Mamba2, layer 0 of 2", "mean lag", "4 of 4 heads, 20 tokens"]),
+        (
+            ["model", "--layer", "1", "--head", "1", "--text", "to be, or"],
+            ["Attention, layer 1 of 2", "1 of 2 heads, 9"],
+        ),
+        (["model", "--documents", "8,5"], ["effective rank"]),
+        (["model", "--what", "memory"], ["LanguageModel, 2 layers", "50%", "99%"]),
+        (["model", "--what", "memory", "--layer", "1", "--documents", "8"], ["Attention, layer 1"]),
+        (["model", "--what", "state"], ["layers.0.conv", "layers.1.k", "20 tokens"]),
+        (["model", "--what", "influence", "--tokens", "1,2,3,255"], ["lies within so many tokens"]),
+        (["model", "--what", "spectrum", "--layer", "1"], ["normaliser quotients"]),
+        (["other"], ["Mamba2, layer 0 of 1"]),
+        ([MIXER, "--d-model", "8", "--what", "spectrum"], ["input-dependent", "forgets to 1/e"]),
+        (["s4d", "--what", "impulse"], ["half of the energy", "energies in tokens"]),
+        (["s5", "--what", "transfer", "--d-model", "8"], ["gain at 0"]),
+        (["bidirectional", "--what", "influence", "--d-model", "32"], ["looks ahead as well"]),
+    ],
+)
+def test_views(saved, capsys, words, said):
+    assert main(["matrix", *words, "--length", "20", "--out", "m.png"]) == 0
+    out = capsys.readouterr().out
+    for word in [*said, "wrote m.png"]:
+        assert word in out
+    assert (saved / "m.png").read_bytes()[:8] == PNG
+
+
+def test_without_a_picture_there_is_the_table(saved, capsys):
+    assert main(["matrix", "model", "--length", "8"]) == 0
+    first = capsys.readouterr().out
+    assert "wrote" not in first
+    assert main(["matrix", "model", "--length", "8"]) == 0
+    assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["mambo"], "unknown model 'mambo'; did you mean"),
+        (["some/where"], "there is no run directory some/where"),
+        (["falcon-mamba-7b"], "falcon-mamba-7b has 7.3 B parameters"),
+        (["{"], "MODEL: is not JSON"),
+        (['{"d_state": 3}'], "MODEL: want a 'name' of a mixer"),
+        (['{"name": "s4d", "d_sate": 3}'], "did you mean 'd_state'"),
+        (["model", "--layer", "2"], "--layer: model has mixers 0 to 1, got 2"),
+        (["model", "--head", "4"], "heads: want 0 to 3, got 4"),
+        (["model", "--head", "a"], "--head: want whole numbers with commas between, got 'a'"),
+        (["model", "--length", "1"], "--length: want at least 2 tokens, got 1"),
+        (["model", "--text", "x"], "--text: want at least 2 tokens, got 1"),
+        (["model", "--tokens", "1,256"], "--tokens: want 0 to 255, got 256"),
+        (["model", "--tokens", "1,2", "--text", "xy"], "want either a text or tokens, got both"),
+        (["other", "--text", "hello"], "or a tokenizer.json beside it; got 50 tokens"),
+        (["model", "--documents", "100,100"], "--documents: want lengths of at least 1 with a sum of at most 128"),
+        (["model", "--documents", "10", "--what", "memory"], "give one with --layer to see its memory"),
+        (["s4d", "--text", "hello"], "--text: s4d does not read tokens"),
+        (["bidirectional"], "Bidirectional is not one matrix times one value; --what influence shows it by gradients"),
+        (["model", "--what", "impulse"], "Mamba2, layer 0 of 2 is not time-invariant; --what matrix or memory"),
+        (["model", "--what", "transfer"], "is not time-invariant, so it has no transfer function"),
+        (["bidirectional", "--what", "state"], "looks ahead, so it has no state; --what influence"),
+        (["bidirectional", "--what", "spectrum"], "--what memory works for all"),
+        (["model", "--what", "memory", "--head", "1"], "--head: outputs are looked at as a whole"),
+        (["model", "--what", "art"], "--what: want matrix|influence|impulse|transfer|spectrum|memory|state, got 'art'"),
+        (["model", "--out", "m.jpg"], "--out: want a file name that ends in .png, got m.jpg"),
+        (["model", "--out", "no/m.png"], "--out: there is no directory no"),
+    ],
+)
+def test_mistakes_get_one_line(saved, capsys, words, message):
+    assert main(["matrix", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
