@@ -17,6 +17,11 @@ _MIXERS: dict[str, tuple[str, str]] = {
     "mamba": ("mamba", "Mamba"),
     "mamba2": ("mamba2", "Mamba2"),
     "rglru": ("rglru", "RGLRU"),
+    "dss": ("dss", "DSS"),
+    "dlr": ("dss", "DLR"),
+    "gss": ("gss", "GSS"),
+    "liquid_s4": ("liquid_s4", "LiquidS4"),
+    "lru": ("lru", "LRU"),
     "s4d": ("s4d", "S4D"),
     "s5": ("s5", "S5"),
     "bidirectional_s5": ("s5", "BidirectionalS5"),
@@ -26,6 +31,10 @@ _MIXERS: dict[str, tuple[str, str]] = {
 _CLASSES = {cls: module for module, cls in _MIXERS.values()}
 
 __all__ = [
+    "DLR",
+    "DSS",
+    "GSS",
+    "LRU",
     "RGLRU",
     "S4D",
     "S5",
@@ -36,6 +45,7 @@ __all__ = [
     "CausalMixer",
     "HasImpulse",
     "HasMixing",
+    "LiquidS4",
     "Mamba",
     "Mamba2",
     "Mixing",
