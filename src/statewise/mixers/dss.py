@@ -188,7 +188,8 @@ class DSS(SharedModes):
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, at most about 3000 in size."""
-    least = (_LEAST * (a.real.square() + a.imag.square())).clamp(min=torch.finfo(a.real.dtype).tiny)
+    # No smaller than what float32 can square.
+    least = (_LEAST * (a.real.square() + a.imag.square())).clamp(min=1e-18)
     return a * b.conj() / torch.maximum(b.real.square() + b.imag.square(), least)
 
 
