@@ -1,4 +1,4 @@
-"""DSS and DLR: time-invariant systems whose complex modes are shared by all channels."""
+"""DSS and DLR: time-invariant systems of complex modes that all channels share."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ..maths.hippo import legs_diagonal
 from ..maths.initialisers import complex_normal, log_uniform_log_dt
 from ..ops._precision import widen
 from ..ops.lti import diagonal_kernel, diagonal_ssm, diagonal_ssm_matrix
+from ..ops.lti.shared import shared_ssm
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, Mixing, check_input
 from .layers import GatedTail
@@ -29,8 +30,8 @@ _DECAY = -1e-4
 _LEAST = 1e-7
 
 
-class SharedModes(CausalMixer, HasImpulse):
-    """N complex modes in each channel, their Lambda shared by all channels, and y_t = Re(sum of c_n h_n) + D u_t.
+class FullModes(CausalMixer, HasImpulse):
+    """A diagonal state space in each channel, y_t = Re(sum over n < N of c_n h_n) + D u_t, with N complex modes.
 
     Modes stand for themselves: none is left out for its conjugate, and there is no factor 2. State (B, D, N), complex.
     A subclass says what the modes are (`discrete`).
@@ -38,6 +39,7 @@ class SharedModes(CausalMixer, HasImpulse):
 
     d_model: int
     d_state: int
+    D: Tensor
     tail: nn.Module
 
     @abstractmethod
@@ -53,9 +55,12 @@ class SharedModes(CausalMixer, HasImpulse):
         y = self.tail(y)
         return y if seg is None else seg.mask(y)
 
+    def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
+        return diagonal_ssm(x, *self.discrete(), conjugate=False, state=state, seg=seg)
+
     def _run(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         check_input(self, x, self.d_model)
-        y, state = diagonal_ssm(x, *self.discrete(), conjugate=False, state=state, seg=seg)
+        y, state = self._system(x, state, seg)
         return self._emit(y, seg), state
 
     def impulse(self, length: int) -> Tensor:
@@ -73,7 +78,23 @@ class SharedModes(CausalMixer, HasImpulse):
         )
 
 
-class DSS(SharedModes):
+class StepFree(FullModes):
+    """`FullModes` of which all channels have the same, since there is no step size of each channel's own."""
+
+    @abstractmethod
+    def _modes(self) -> tuple[Tensor, Tensor]:
+        """log A_bar (N,) and the factors (D, N) on outputs, C times B_bar."""
+
+    def discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log A_bar, B_bar = 1, C (D, N) complex and D (D,), as `ops.diagonal_ssm` takes them with conjugate=False."""
+        log_a, c = self._modes()
+        return log_a.expand_as(c), torch.ones_like(c), c, widen(self.D)
+
+    def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
+        return shared_ssm(x, *self._modes(), widen(self.D), state=state, seg=seg)
+
+
+class DSS(FullModes):
     """DSS: N complex modes shared by all channels, each weighed by a softmax over time, or by zero-order hold.
 
     With z_n = dt Lambda_n, dt one step per channel, the kernel is K_l = Re sum_n W_n / Lambda_n p_n(l), with
@@ -200,7 +221,7 @@ def _multiple(z: Tensor, n: int) -> Tensor:
     return torch.complex(z.real * n, (angle - 2 * math.pi * turns).to(z.real.dtype))
 
 
-class DLR(SharedModes):
+class DLR(StepFree):
     """DLR: a diagonal linear RNN. x_t = Lambda x_{t-1} + u_t in each channel, y_t = Re(W x_t) + D u_t, no step size.
 
     log Lambda_n = -p_n^2 + i theta_n is shared by all D channels; N is large, 1024 to 4096 in the paper. State
@@ -257,8 +278,6 @@ class DLR(SharedModes):
         self.W.copy_(complex_normal((self.d_model, N), 2 / N**2, device=device))
         self.D.normal_()
 
-    def discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log Lambda, ones, W (D, N) complex and D (D,), as `ops.diagonal_ssm` takes them with conjugate=False."""
-        W = torch.view_as_complex(widen(self.W))
-        log_a = torch.complex(-widen(self.p).square(), widen(self.theta)).expand_as(W)
-        return log_a, torch.ones_like(W), W, widen(self.D)
+    def _modes(self) -> tuple[Tensor, Tensor]:
+        log_a = torch.complex(-widen(self.p).square(), widen(self.theta))
+        return log_a, torch.view_as_complex(widen(self.W))

@@ -13,11 +13,11 @@ from ..maths.initialisers import complex_normal
 from ..ops._precision import widen
 from ..segments import Segments
 from .base import CausalMixer, HasMixing, Mixing, check_input
-from .dss import SharedModes
+from .dss import StepFree
 from .layers import Linear
 
 
-class GSSCore(SharedModes):
+class GSSCore(StepFree):
     """The state space of GSS: DSS-exp at step one, with Lambda and W drawn at random and no other initialisation.
 
     Lambda_n = -exp(Lambda_re) + i exp(Lambda_im), shared by all channels, and
@@ -53,11 +53,9 @@ class GSSCore(SharedModes):
         self.W.copy_(complex_normal(self.W.shape[:-1], 2.0, device=self.W.device))
         self.D.normal_()
 
-    def discrete(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log A_bar, B_bar, W (D, N) complex and D (D,), as `ops.diagonal_ssm` takes them with conjugate=False."""
-        W = torch.view_as_complex(widen(self.W))
+    def _modes(self) -> tuple[Tensor, Tensor]:
         Lambda = torch.complex(-widen(self.Lambda_re).exp(), widen(self.Lambda_im).exp())
-        return Lambda.expand_as(W), phi1(Lambda).expand_as(W), W, widen(self.D)
+        return Lambda, torch.view_as_complex(widen(self.W)) * phi1(Lambda)
 
 
 class GSS(CausalMixer, HasMixing):
