@@ -49,6 +49,14 @@ OPTIONS: dict[str, list[dict]] = {
             "scales": [0.5, 2.0, 0.7, 1.3, 0.9],
         },
     ],
+    "dss": [
+        {"d_state": 3, "l_norm": 16},
+        {"d_state": 4, "kernel": "exp", "init": "lin", "dt_tie": False, "glu": False},
+    ],
+    "dlr": [{"d_state": 3}, {"d_state": 4, "init": "rand", "activation": "none", "glu": False}],
+    "gss": [{"d_state": 4}, {"d_state": 3, "d_ssm": 5, "expand": 1}],
+    "liquid_s4": [{"d_state": 4}, {"d_state": 4, "kernel": "kb", "degree": 3, "init": "lin", "n_ssm": 2}],
+    "lru": [{"d_state": 5}, {"d_state": 4, "r_min": 0.5, "r_max": 0.99, "max_phase": 0.3, "activation": "none"}],
     "rglru": [{}, {"d_rnn": 12, "n_blocks": 3, "d_conv": 1, "a_range": (0.5, 0.9)}],
     "s4": [{"d_state": 4}, {"d_state": 4, "init": "legt", "n_ssm": 2, "dt_transform": "softplus", "dt_max": 1.0}],
     "bidirectional_s4": [

@@ -24,6 +24,11 @@ _MIXERS: dict[str, tuple[str, str]] = {
     "rglru": ("rglru", "RGLRU"),
     "s4": ("s4", "S4"),
     "bidirectional_s4": ("s4", "BidirectionalS4"),
+    "dss": ("dss", "DSS"),
+    "dlr": ("dss", "DLR"),
+    "gss": ("gss", "GSS"),
+    "liquid_s4": ("liquid_s4", "LiquidS4"),
+    "lru": ("lru", "LRU"),
     "s4d": ("s4d", "S4D"),
     "bidirectional_s4d": ("s4d", "BidirectionalS4D"),
     "s4ptd": ("ptd", "S4PTD"),
@@ -36,6 +41,10 @@ _MIXERS: dict[str, tuple[str, str]] = {
 _CLASSES = {cls: module for module, cls in _MIXERS.values()}
 
 __all__ = [
+    "DLR",
+    "DSS",
+    "GSS",
+    "LRU",
     "LSTM",
     "QLSTM",
     "RGLRU",
@@ -55,6 +64,7 @@ __all__ = [
     "HasImpulse",
     "HasMixing",
     "LinearAttention",
+    "LiquidS4",
     "Mamba",
     "Mamba2",
     "Mixing",

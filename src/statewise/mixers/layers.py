@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from .._names import unknown
 from ..ops._checks import compute_dtype
 from ..ops.linear import linear
 from ..ops.norm import gated_rms_norm, rms_norm
@@ -79,6 +81,32 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return x * silu(z)
+
+
+class GatedTail(nn.Module):
+    """What follows a time-invariant core: an activation, dropout, and a linear map to 2 D whose halves gate each other.
+
+    Args:
+        activation: "gelu" or "none".
+        glu: the gated map; False leaves it out.
+        dropout: before the gated map, one mask per row and channel for the whole sequence.
+    """
+
+    def __init__(self, d_model: int, activation: str = "gelu", glu: bool = True, dropout: float = 0.0):
+        super().__init__()
+        if activation not in ("gelu", "none"):
+            raise ValueError(unknown("activation", activation, ("gelu", "none")))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: want 0 <= dropout < 1, got {dropout}")
+        self.activation, self.dropout = activation, dropout
+        self.linear = Linear(d_model, 2 * d_model) if glu else None
+
+    def forward(self, y: Tensor) -> Tensor:
+        if self.activation == "gelu":
+            y = F.gelu(y)
+        if self.dropout and self.training:
+            y = y * F.dropout(torch.ones_like(y[:, :1]), self.dropout)
+        return y if self.linear is None else F.glu(self.linear(y), -1)
 
 
 class ShortConv(nn.Module):
