@@ -49,6 +49,7 @@ def load_s4_block(mixer: SISO, weights: Mapping[str, Tensor]) -> None:
         _copy(_LINEAR[0], mixer.out_linear.weight, None, found)
         _copy(_LINEAR[1], mixer.out_linear.bias, None, found)
     if low_rank:
+        assert isinstance(mixer.P, Tensor)
         _copy("kernel.P", mixer.P, _above(found["kernel.P"]), found)
         length = int(found["kernel.l_kernel"])
         if length < 0:
