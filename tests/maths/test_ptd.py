@@ -15,7 +15,7 @@ from statewise.testing import assert_agree
 F64 = torch.float64
 
 
-# With gamma = 1e6 the price of E pushes through the wall at the real axis; only the halved steps keep the pairs then.
+# With gamma = 1e6 the price of E pushes against the wall at the real axis as hard as it may.
 @pytest.mark.parametrize(("n", "gamma"), [(2, 1e3), (4, 1e3), (8, 1e3), (16, 1e3), (6, 1e6)])
 def test_it_is_the_exact_decomposition_of_a_nearby_matrix(n, gamma):
     found = ptd.perturb(n, gamma)
