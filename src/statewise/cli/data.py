@@ -174,7 +174,8 @@ class _bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._line is not None:
+            self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
         if self._line is None:

@@ -139,7 +139,7 @@ def test_an_outline_has_all_tokens():
         lines = outline(rows[i], 50)
         assert " ".join(lines).split() == [SYMBOLS[t] for t in rows[i][:-1]]
         assert max(map(len, lines)) <= 50
-    assert outline(encode("[MAX 1 [MIN 2 3 ] ]"), 12) == ["[MAX", "  1", "  [MIN", "    2 3", "  ]", "]"]
+    assert outline(encode("[MAX 1 [MIN 2 3 ] ]"), 11) == ["[MAX", "  1", "  [MIN", "    2 3", "  ]", "]"]
 
 
 # ---- the published files ---------------------------------------------------------------------------------------------

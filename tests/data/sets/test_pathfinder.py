@@ -35,12 +35,11 @@ def _label_is_true(size: int, difficulty: str, n: int) -> None:
     found = draw(n, how, seed=1)
     gap = 2 * max(how.margins) + 3  # rounding of coordinates included
     for i in range(n):
-        # Which of the four ends of the two snakes each marker is at.
-        ends = {tuple(found.dashes[i, s, 0, 0]): (s, "first") for s in range(2)}
-        ends |= {tuple(found.dashes[i, s, -1, 1]): (s, "last") for s in range(2)}
-        (origin, at), (terminal, to) = (ends[tuple(marker)] for marker in found.markers[i])
-        assert (at, to) == ("first", "last")
-        assert (origin == terminal) == bool(found.labels[i])
+        # On which snake's first and last pixel the markers are; two snakes may end in one pixel.
+        origin = (found.dashes[i, :, 0, 0] == found.markers[i, 0]).all(-1)
+        terminal = (found.dashes[i, :, -1, 1] == found.markers[i, 1]).all(-1)
+        assert origin.any()
+        assert (origin & (terminal if found.labels[i] else terminal[::-1])).any()
         # Both snakes hold together: each dash begins where the one before it ended, but for a gap.
         before, after = found.dashes[i, :, :-1, 1], found.dashes[i, :, 1:, 0]
         assert _distance(before, after).max() <= gap
@@ -92,17 +91,17 @@ def test_the_published_programs_first_dashes():
 
 def test_pixels_alone_do_not_tell_the_label():
     """Logistic regression on pixels, by Newton steps with a penalty, stays near chance on images it has not seen."""
-    found = draw(5000, style(32), seed=2)
-    x = found.images.reshape(5000, -1) / 255.0
-    x = np.concatenate([x - x[:4000].mean(0), np.ones((5000, 1))], 1)
-    train, test, y = x[:4000], x[4000:], found.labels[:4000]
+    found = draw(3500, style(32), seed=2)
+    x = found.images.reshape(3500, -1) / 255.0
+    x = np.concatenate([x - x[:2500].mean(0), np.ones((3500, 1))], 1)
+    train, test, y = x[:2500], x[2500:], found.labels[:2500]
     w = np.zeros(x.shape[1])
     for _ in range(4):
         p = 1 / (1 + np.exp(-train @ w))
         hessian = (train * (p * (1 - p))[:, None]).T @ train + 10 * np.eye(len(w))
         w -= np.linalg.solve(hessian, train.T @ (p - y) + 10 * w)
-    accuracy = ((test @ w > 0) == found.labels[4000:]).mean()
-    assert accuracy < 0.56
+    accuracy = ((test @ w > 0) == found.labels[2500:]).mean()
+    assert accuracy < 0.57
 
 
 _DIGEST = """
@@ -124,13 +123,14 @@ def test_images_depend_on_the_seed_alone():
     assert not np.array_equal(draw(1, style(32), seed=5).images, found.images[:1])
 
 
-def test_names_that_do_not_exist():
+def test_styles_that_cannot_be_drawn(monkeypatch):
     with pytest.raises(ValueError, match="want 32, 64, 128, 256, got 48"):
         style(48)
     with pytest.raises(ValueError, match="did you mean 'hard'"):
         style(32, "hart")
+    monkeypatch.setattr(pathfinder, "_TRIES", 1000)
     with pytest.raises(ValueError, match="more room"):
-        draw(1, style(32)._replace(size=17, seed_distance=8))
+        draw(1, style(32)._replace(size=8))
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------
