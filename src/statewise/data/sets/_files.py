@@ -24,18 +24,6 @@ def folder(name: str, source: Path | None, what: str) -> Path:
     return source
 
 
-def inside(root: Path, part: str, what: str) -> Path:
-    """A folder or file of `root`, or `root` itself where it has that name.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    for path in (root / part, root):
-        if path.exists() and path.name == part:
-            return path
-    raise ValueError(f"{root}: has no {part}; want {what}")
-
-
 def content(path: Path) -> bytes:
     """All bytes of a file, unpacked if its name ends with .gz.
 
