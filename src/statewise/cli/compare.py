@@ -16,7 +16,7 @@ from .. import recipes
 from .console import terminal
 from .errors import Interrupted, UserError, user_errors
 from .options import Options
-from .run import build, parsed, take
+from .run import parsed, take
 
 if TYPE_CHECKING:
     from ..recipes.compare import Comparison
@@ -215,7 +215,14 @@ def _compare(recipe: str | None, argv: list[str]) -> int:
 
 def _build(config: Mapping[str, Any]) -> Any:
     """A recipe from the content of a config.yaml."""
-    return build(config["recipe"], parsed(config["recipe"], {k: v for k, v in config.items() if k != "recipe"}))
+    from ..training.fit import check
+
+    options = dict(config)
+    recipe = options.pop("recipe")
+    values = parsed(recipe, options)
+    made = recipes.get(recipe)(**values)
+    check(made.training)
+    return made
 
 
 def _carry_out(out: Path, plan: Plan, jobs: int, lock: Any) -> int:

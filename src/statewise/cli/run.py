@@ -83,7 +83,7 @@ def parsed(recipe: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def build(recipe: str, values: Mapping[str, Any]) -> Any:
+def _build(recipe: str, values: Mapping[str, Any]) -> Any:
     from ..training.fit import check
     from ..training.groups import parameter_groups
 
@@ -114,7 +114,7 @@ def _start(named: str | None, argv: list[str]) -> int:
         # Before anything slow, and before anything is made.
         with user_errors():
             RunDirectory.new(recipe, out)
-    built = build(recipe, values)
+    built = _build(recipe, values)
     if is_first_process():
         with user_errors():
             run = RunDirectory.new(recipe, out)
@@ -144,7 +144,7 @@ def go_on(run: RunDirectory, *, resume: bool) -> int:
         recipe = config.pop("recipe", None)
         if not isinstance(recipe, str):
             raise ValueError(f"{run.config} names no recipe")
-    built = build(recipe, parsed(recipe, config))
+    built = _build(recipe, parsed(recipe, config))
     if is_first_process():
         os.environ[_SHARED] = str(run)
     return _execute(built, run, resume=resume)

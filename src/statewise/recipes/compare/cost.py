@@ -87,7 +87,9 @@ class FlopCounter(TorchDispatchMode):
         elif packet in _MORE:
             self.total += _MORE[packet](*args)
         elif packet in flop_registry:
-            self.total += flop_registry[packet](*args, **kwargs, out_val=out)
+            # A product of complex numbers is four real ones and two sums.
+            complex_ = isinstance(out, Tensor) and out.is_complex()
+            self.total += (4 if complex_ else 1) * flop_registry[packet](*args, **kwargs, out_val=out)
         return out
 
     def _ours(self, func: Any, args: Any) -> None:
