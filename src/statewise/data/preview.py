@@ -88,6 +88,7 @@ def _show_image(axis: Any, data: Labelled, row: int) -> None:
 
 
 def _range(data: Labelled) -> tuple[float, float]:
+    assert isinstance(data.train.inputs, np.ndarray)
     some = np.asarray(data.train.inputs[:256])
     return float(some.min()), max(float(some.max()), float(some.min()) + 1e-9)
 
