@@ -111,11 +111,13 @@ def preview(name: str, out: str | None = None, profile: Profile = "small", seed:
         rows: how many to draw, 1 to 100
     """
     from ..data import sets
+    from ..data.preview import check
     from ..data.preview import preview as draw
 
     with user_errors():
         if out is None:
             raise ValueError("--out: want the PNG file to write")
+        check(Path(out), rows)
         sets.get(name)
         there = (sets.root() / f"{name}-{profile}-{seed}" / sets.CARD).is_file()
         if profile == "full" and not there:
@@ -174,12 +176,13 @@ class _bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._line is not None:
+        if self._progress.live.is_started:
             self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
         if self._line is None:
-            self._progress.start()
+            if self._progress.console.is_terminal:  # into a file rich would write an empty line
+                self._progress.start()
             self._line = self._progress.add_task(self._title, total=total)
         self.called = True
         self._progress.update(self._line, completed=done, total=total)

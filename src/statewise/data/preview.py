@@ -22,10 +22,7 @@ def preview(data: Labelled, path: Path, rows: int = 12) -> None:
     Raises:
         ValueError: rows out of range, or a name that does not end in .png.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out: want a name that ends in .png, got {path.name!r}")
-    if not 1 <= rows <= 100:
-        raise ValueError(f"rows: want 1 to 100, got {rows}")
+    check(path, rows)
     chosen = _of_each_label(np.asarray(data.train.labels), rows)
     inputs = data.train.inputs
     if isinstance(inputs, np.ndarray):
@@ -41,6 +38,14 @@ def preview(data: Labelled, path: Path, rows: int = 12) -> None:
         axis.set_title(name, fontsize=9, fontweight="bold", loc="center" if data.image else "left", parse_math=False)
     figure.suptitle(_heading(data), fontsize=10, parse_math=False)
     figure.savefig(path, dpi=110)
+
+
+def check(path: Path, rows: int) -> None:
+    """Raise ValueError where `preview` would, before there is a set."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"out: want a name that ends in .png, got {path.name!r}")
+    if not 1 <= rows <= 100:
+        raise ValueError(f"rows: want 1 to 100, got {rows}")
 
 
 def _of_each_label(labels: np.ndarray, n: int) -> np.ndarray:
@@ -84,7 +89,7 @@ def _show_image(axis: Any, data: Labelled, row: int) -> None:
 
 def _range(data: Labelled) -> tuple[float, float]:
     assert isinstance(data.train.inputs, np.ndarray)
-    some = data.train.inputs[:256]
+    some = np.asarray(data.train.inputs[:256])
     return float(some.min()), max(float(some.max()), float(some.min()) + 1e-9)
 
 
