@@ -255,7 +255,7 @@ def test_a_pickle_cannot_change_its_reader(tmp_path):
     place = write_python(tmp_path, modern(2))
     for state in (b"}(V__call__\nV1\nub.", b"N}(V__call__\nV1\nu\x86b."):
         (place / "test_batch").write_bytes(b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n" + state)
-        with pytest.raises(ValueError, match="not a CIFAR-10 batch"):
+        with pytest.raises(ValueError, match=r"attribute '__(dict|call)__'"):
             cifar_folder(tmp_path)
     (place / "test_batch").write_bytes(modern(2)(*cifar_rows()["test_batch"]))
     cifar_folder(tmp_path)

@@ -143,11 +143,15 @@ class _Call:
 
 
 class _Reconstruct(_Call):
+    __slots__ = ()
+
     def __call__(self, *_: Any) -> _Array:
         return _Array()
 
 
 class _MakeDtype(_Call):
+    __slots__ = ()
+
     def __call__(self, code: Any, *_: Any) -> _Dtype:
         if code not in ("u1", b"u1"):
             raise pickle.UnpicklingError(f"an array of {code!r}, want u1")
@@ -156,6 +160,8 @@ class _MakeDtype(_Call):
 
 class _Encode(_Call):
     """Bytes in a pickle of protocol 2 that Python 3 wrote."""
+
+    __slots__ = ()
 
     def __call__(self, text: Any, encoding: Any) -> bytes:
         if type(text) is not str or encoding != "latin1":
