@@ -33,8 +33,12 @@ def load_s4_block(mixer: SISO, weights: Mapping[str, Tensor]) -> None:
         ValueError: a shape that is not what the mixer wants.
     """
     found = {name.removeprefix("layer."): t for name, t in weights.items()}
-    low_rank = hasattr(mixer, "P")
-    wanted = {*_SHARED, *(_LINEAR if mixer.out_linear is not None else ()), *(_LOW_RANK if low_rank else ())}
+    low_rank = getattr(mixer, "P", None)
+    wanted = {
+        *_SHARED,
+        *(_LINEAR if mixer.out_linear is not None else ()),
+        *(_LOW_RANK if low_rank is not None else ()),
+    }
     if found.keys() != wanted:
         missing, unknown = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
         raise KeyError(f"weights: missing {missing}, unknown {unknown} for {type(mixer).__name__}")
@@ -48,9 +52,8 @@ def load_s4_block(mixer: SISO, weights: Mapping[str, Tensor]) -> None:
     if mixer.out_linear is not None:
         _copy(_LINEAR[0], mixer.out_linear.weight, None, found)
         _copy(_LINEAR[1], mixer.out_linear.bias, None, found)
-    if low_rank:
-        assert isinstance(mixer.P, Tensor)
-        _copy("kernel.P", mixer.P, _above(found["kernel.P"]), found)
+    if isinstance(low_rank, Tensor):
+        _copy("kernel.P", low_rank, _above(found["kernel.P"]), found)
         length = int(found["kernel.l_kernel"])
         if length < 0:
             raise ValueError(f"weights: kernel.l_kernel: want 0 or more, got {length}")
