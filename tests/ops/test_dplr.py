@@ -11,6 +11,7 @@ from statewise.maths.dplr import DPLR_RANKS, diagonal_plus_low_rank
 from statewise.ops import _backend
 from statewise.ops.dplr import ALGORITHMS, cases, reference
 from statewise.ops.dplr import kernel as kernels
+from statewise.ops.dplr.cauchy import damped
 from statewise.segments import Segments
 from statewise.testing import assert_agree, assert_no_worse
 
@@ -109,6 +110,39 @@ def test_kernel_in_float32_keeps_its_digits(algorithm):
     plain = reference.dplr_ssm(impulse, **narrow)[0][0].mT
     truth = ops.dplr_kernel(**wide, length=L)
     assert_no_worse(ops.dplr_kernel(**narrow, length=L, algorithm=algorithm), plain, truth, 2.0, algorithm)
+
+
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+@pytest.mark.parametrize("r", [0.98, 0.3])
+def test_a_damped_system_has_the_damped_kernel(variant, r):
+    inputs = sample(variant)
+    w, p, b, c = (inputs[k] for k in "wpbc")
+    w2, p2, q2, b2 = damped(w, p, b, r)
+    A, B, _ = dense(w, p, b, c)
+
+    def both(t: Tensor) -> Tensor:
+        return torch.cat([t, t.conj()], -1)
+
+    M, eye = torch.diag_embed(both(w2)) - torch.einsum("rdn,rdm->dnm", both(p2), both(q2)), torch.eye(A.shape[-1])
+    assert_agree(torch.linalg.solve(eye - M / 2, eye + M / 2), r * A, "r A", A.shape[-1])
+    assert_agree(torch.linalg.solve(eye - M / 2, both(b2)), B, "B", A.shape[-1])
+
+
+def test_gradients_of_the_kernel_in_float32():
+    L = 300
+    narrow = {k: v.to(torch.complex64) for k, v in hippo("legs", 16, 3).items()}
+    impulse, weights = torch.zeros(1, L, 3), torch.randn(3, L, generator=torch.Generator().manual_seed(1))
+    impulse[:, 0] = 1
+
+    def grads(run, dtype):
+        leaves = {k: v.to(dtype).requires_grad_() for k, v in narrow.items()}
+        return torch.autograd.grad((run(leaves) * weights).sum(), list(leaves.values()))
+
+    fast = grads(lambda t: ops.dplr_kernel(**t, length=L), torch.complex64)
+    plain = grads(lambda t: reference.dplr_ssm(impulse, **t)[0][0].mT, torch.complex64)
+    truth = grads(lambda t: ops.dplr_kernel(**t, length=L, algorithm="powers"), C128)
+    for name, *results in zip("wpbc", fast, plain, truth):
+        assert_no_worse(*results, 2.0, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("algorithm", kernels.ALGORITHMS)

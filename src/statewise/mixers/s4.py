@@ -11,6 +11,7 @@ from ..maths.dplr import DPLR, diagonal_plus_low_rank
 from ..ops._precision import widen
 from ..ops.dplr import dplr_kernel, dplr_ssm
 from ..segments import Segments
+from .base import check_input
 from .layers import Linear
 from .siso import SISO, CausalSISO, TwoSidedSISO
 
@@ -118,6 +119,10 @@ class S4(_DPLR, CausalSISO):
 
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return dplr_ssm(x, *self.discrete(), state=state, seg=seg)
+
+    def _outputs(self, x: Tensor, seg: Segments | None) -> Tensor:
+        check_input(self, x, self.d_model)
+        return self._emit(dplr_ssm(x, *self.discrete(), seg=seg, final_state=False)[0], seg)
 
 
 class BidirectionalS4(_DPLR, TwoSidedSISO):

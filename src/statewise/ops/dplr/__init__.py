@@ -64,7 +64,8 @@ def dplr_kernel(
         (..., D, length), real, in the precision of w. Differentiable; the backward pass makes the kernel once more
         instead of keeping what it was made from.
 
-    Both algorithms square the dense step of 2 N real numbers log2(L) times, which is most of their cost for short rows.
+    "powers", and "cauchy" in double precision, square the dense step of 2 N real numbers log2(L) times, which is most
+    of their cost for short rows.
 
     Source: S4 (Gu et al., 2021), section 3.2, Algorithm 1.
     """
@@ -164,6 +165,7 @@ def dplr_ssm(
     *,
     state: Tensor | None = None,
     seg: Segments | None = None,
+    final_state: bool = True,
     algorithm: Literal["fft", "chunk", "recurrent"] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -183,6 +185,8 @@ def dplr_ssm(
         D: (D,), the skip weight.
         state: (B, D, N), x before the first token; zeros if None.
         seg: documents and padding.
+        final_state: False where the state after the last token is not wanted, which in "fft" costs several times what
+            the outputs do; anything may be in its place then.
         algorithm: "fft" (one kernel and one Fourier convolution; not with `seg`), "chunk" (matrix products in chunks
             of 64 tokens and states between them; serves everything), "recurrent" (token by token in O(N) a step; with
             gradients its memory grows as (B, L, D, N)), or None: "recurrent" up to 16 tokens, else "chunk" with `seg`
@@ -215,16 +219,20 @@ def dplr_ssm(
         _algorithm(algorithm, seg)
         position, valid = (None, None) if seg is None else (seg.position, seg.valid)
         return _forward(u, w, p, b, c, D, state, position, valid, algorithm)
-    return run(u, w, p, b, c, D, state, seg, algorithm)
+    return run(u, w, p, b, c, D, state, seg, algorithm, final_state)
 
 
-def run(u, w, p, b, c, D, state, seg, algorithm) -> tuple[Tensor, Tensor]:
+def run(u, w, p, b, c, D, state, seg, algorithm, final_state=True) -> tuple[Tensor, Tensor]:
     """`dplr_ssm` on arguments that have been checked."""
     # Only the recurrence does for a token what it does for a sequence, bit by bit.
     chosen = "recurrent" if _deterministic.active() and algorithm is None else _choose(algorithm, u, seg)
     with no_autocast(u):
         if chosen == "recurrent" or u.shape[1] == 0:
             return reference.dplr_ssm(u, w, p, b, c, D, state=state, seg=seg)
+        if chosen == "fft" and state is None and not final_state:
+            y = convolve(u.to(w.real.dtype).mT, dplr_kernel(w, p, b, c, u.shape[1])).mT
+            y = y if D is None else y + D * u
+            return y.to(u.dtype), b.new_empty(u.shape[0], *b.shape)
         return _closed_form(chosen, u, w, p, b, c, D, state, seg)
 
 

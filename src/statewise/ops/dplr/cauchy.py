@@ -24,6 +24,7 @@ from torch import Tensor
 from .. import _checks
 from .._backend import numba_reason, resolve, triton_reason
 from .._register import TRITON, differentiable, operator
+from .reference import inverse, project, spread
 
 
 def nodes(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -133,16 +134,35 @@ _numba = _kernels("numba", "CPU")
 _triton = _kernels("triton", TRITON)
 
 
-def generating(w: Tensor, p: Tensor, b: Tensor, c_tilde: Tensor, length: int, backend: str | None = None) -> Tensor:
+def damped(w: Tensor, p: Tensor, b: Tensor, r: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w', p', q', b' of the system whose step is r A, where A is that of w, p, b; its kernel is r^l K_l for the same c.
+
+    With S = (1 + r) - (1 - r) M / 2, its M' is 2 ((1 + r) M / 2 - (1 - r)) S^-1 and its b' is 2 S^-1 b; by the Woodbury
+    identity M' = diag(w') - sum_r p'_r q'_r again.
+    """
+    kappa = (1 - r) / 2
+    g = 1 / ((1 + r) - kappa * w)
+    gp = g * p
+    T = inverse(torch.eye(len(p), dtype=w.real.dtype, device=w.device) + kappa * project(p, gp).permute(2, 1, 0))
+    after = torch.einsum("drs,sdn->rdn", T.to(w.dtype), g * p.conj().resolve_conj())
+    solved = g * b - kappa * spread(gp, torch.einsum("drs,sd->rd", T, project(p, g * b)))
+    return 2 * ((1 + r) / 2 * w - (1 - r)) * g, gp, 4 * r * after, 2 * solved
+
+
+def generating(
+    w: Tensor, p: Tensor, b: Tensor, c_tilde: Tensor, length: int, backend: str | None = None, q: Tensor | None = None
+) -> Tensor:
     """The kernel K_l, l < length, from c~ = c (1 - A^length): (K, D, length), float64.
 
     Args:
         w, b: (D, N) and p (R, D, N), complex, as in `ops.dplr_ssm`.
         c_tilde: (K, D, N), complex.
+        q: (R, D, N), complex, in place of the conjugate of p: M = diag(w) - sum_r p_r q_r.
     """
-    w, p, b, c_tilde = (t.to(torch.complex128) for t in (w, p, b, c_tilde))
+    q = p.conj().resolve_conj() if q is None else q
+    w, p, b, c_tilde, q = (t.to(torch.complex128) for t in (w, p, b, c_tilde, q))
     K, R = len(c_tilde), len(p)
-    left, right = torch.cat([c_tilde, p.conj().resolve_conj()]), torch.cat([b.unsqueeze(0), p])
+    left, right = torch.cat([c_tilde, q]), torch.cat([b.unsqueeze(0), p])
     r = cauchy(left.unsqueeze(1) * right, w, length, backend=backend)  # (K + R, 1 + R, D, F)
     sin, cos = nodes(length, w.device)
     inner = cos * r[K:, 1:]

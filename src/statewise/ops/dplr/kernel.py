@@ -1,17 +1,26 @@
-"""The convolution kernel of a diagonal-plus-low-rank system, made again in the backward pass."""
+"""The convolution kernel of a diagonal-plus-low-rank system, made again in the backward pass.
+
+The generating function at L roots of unity folds the taps past L onto the first L. In double precision c (1 - A^L)
+takes them away, which needs dense powers of A. In single precision the system is damped instead, so that they are too
+small to matter, and the taps are scaled back (Abate and Whitt 1992 invert transforms so).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cauchy import generating
+from .cauchy import damped, generating
 from .forms import System
 
 ALGORITHMS = ("cauchy", "powers")
+# What is left after L steps of a damped system, of which a kernel in single precision is made: it is taken for nothing,
+# and rounding in double precision grows by its inverse.
+_LEFT = 1e-8
 # About how many numbers the graph of one block of channels may hold in the backward pass: 128 megabytes.
 _NUMBERS = 1 << 24
 
@@ -20,13 +29,20 @@ def kernel(
     w: Tensor, p: Tensor, b: Tensor, c: Tensor, length: int, algorithm: str, backend: str | None
 ) -> Tensor:  # fmt: skip
     """2 Re(c A^l B), l < length, for K read-outs c (K, D, N): (K, D, length), real, in the precision of w."""
+    precision = w.real.dtype
     if length == 0:
         return w.real.new_zeros(*c.shape[:2], 0) * c.real.sum()
-    system = System(w, p, b, c)
-    taps = system.kernel(length) if algorithm == "powers" else generating(
-        w, p, b, system.truncated(length), length, backend
-    )  # fmt: skip
-    return taps.to(w.real.dtype)
+    wide = [t.to(torch.complex128) for t in (w, p, b, c)]
+    if algorithm == "powers":
+        taps = System(*wide).kernel(length)
+    elif w.dtype == torch.complex128:
+        taps = generating(*wide[:3], System(*wide).truncated(length), length, backend)
+    else:
+        r = _LEFT ** (1 / length)
+        w, p, q, b = damped(*wide[:3], r)
+        grown = torch.arange(length, dtype=torch.float64, device=w.device).mul(-math.log(r)).exp()
+        taps = generating(w, p, b, wide[3], length, backend, q) * grown
+    return taps.to(precision)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -30,7 +30,7 @@ def spread(p: Tensor, weights: Tensor) -> Tensor:
     return (p * weights.unsqueeze(-1)).sum(-3)
 
 
-def _inverse(m: Tensor) -> Tensor:
+def inverse(m: Tensor) -> Tensor:
     """Of small matrices (D, R, R)."""
     return m.reciprocal() if m.shape[-1] == 1 else torch.linalg.inv(m)
 
@@ -39,7 +39,7 @@ def stepper(w: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
     """t -> (I - M/2)^-1 t for M = diag(w) - sum_r p_r p_r^*, by the Woodbury identity."""
     g = 1 / (1 - w / 2)
     gram = project(p, (g * p)).permute(2, 1, 0)  # (D, R, R) [r, s] = p_r^* G p_s
-    inner = _inverse(2 * torch.eye(p.shape[0], dtype=gram.dtype, device=gram.device) + gram)
+    inner = inverse(2 * torch.eye(p.shape[0], dtype=gram.dtype, device=gram.device) + gram)
 
     def solve(t: Tensor) -> Tensor:
         weights = torch.einsum("drs,...sd->...rd", inner, project(p, g * t))
