@@ -60,9 +60,9 @@ class Causal(nn.Module, ABC):
 
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
         """The whole sequence at once. x: (B, L, ...) -> (B, L, ...)."""
-        return self._outputs(x, seg)
+        return self._whole(x, seg)
 
-    def _outputs(self, x: Tensor, seg: Segments | None) -> Tensor:
+    def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:
         """What `forward` gives. Written anew only where the state after the last token costs more than the outputs."""
         return self._run(x, None, seg)[0]
 

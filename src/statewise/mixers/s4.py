@@ -120,7 +120,7 @@ class S4(_DPLR, CausalSISO):
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return dplr_ssm(x, *self.discrete(), state=state, seg=seg)
 
-    def _outputs(self, x: Tensor, seg: Segments | None) -> Tensor:
+    def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:
         check_input(self, x, self.d_model)
         return self._emit(dplr_ssm(x, *self.discrete(), seg=seg, final_state=False)[0], seg)
 
