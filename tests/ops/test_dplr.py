@@ -9,9 +9,10 @@ from torch import Tensor
 from statewise import ops
 from statewise.maths.dplr import DPLR_RANKS, diagonal_plus_low_rank
 from statewise.ops import _backend
-from statewise.ops.dplr import ALGORITHMS, cases, reference
+from statewise.ops.dplr import cases, reference
 from statewise.ops.dplr import kernel as kernels
 from statewise.ops.dplr.cauchy import damped
+from statewise.ops.lti.algorithms import ALGORITHMS
 from statewise.segments import Segments
 from statewise.testing import assert_agree, assert_no_worse
 

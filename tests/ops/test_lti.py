@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from statewise import ops
-from statewise.ops.lti import ALGORITHMS, cases, convolution, reference
+from statewise.ops.lti import cases, convolution, reference
+from statewise.ops.lti.algorithms import ALGORITHMS
 from statewise.segments import Segments
 from statewise.testing import assert_agree, assert_no_worse
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from .actions import Actions, run
 from .console import terminal
-from .errors import UserError, user_errors
-from .options import Options
+from .errors import user_errors
 
 Profile = Literal["small", "full"]
 
@@ -130,7 +129,7 @@ def preview(name: str, out: str | None = None, profile: Profile = "small", seed:
 
 
 # Action -> (function, what stands after it).
-ACTIONS: dict[str, tuple[Callable[..., int], list[str]]] = {
+ACTIONS: Actions = {
     "list": (list_sets, []),
     "make": (make, ["name"]),
     "info": (info, ["name"]),
@@ -139,21 +138,7 @@ ACTIONS: dict[str, tuple[Callable[..., int], list[str]]] = {
 
 
 def main(argv: list[str]) -> int:
-    action = argv[0] if argv and not argv[0].startswith("-") else None
-    if action is not None and action not in ACTIONS:
-        from .._names import unknown
-
-        raise UserError(unknown("action of data", action, ACTIONS))
-    if action is None or "--help" in argv or "-h" in argv:
-        chosen = [action] if action else list(ACTIONS)
-        print("\n\n".join(_options(name).help() for name in chosen))
-        return 0
-    return ACTIONS[action][0](**_options(action).parse(argv[1:]))
-
-
-def _options(action: str) -> Options:
-    function, positional = ACTIONS[action]
-    return Options(f"data {action}", function, positional=positional, switches=["verify"])
+    return run("data", ACTIONS, argv, switches=["verify"])
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------

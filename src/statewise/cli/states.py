@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .actions import Actions, run
 from .console import terminal
-from .errors import UserError, user_errors
-from .options import Options
+from .errors import user_errors
 
 
 def list_states(directory: str) -> int:
@@ -132,7 +131,7 @@ def remove(directory: str, key: str) -> int:
 
 
 # Action -> (function, what stands after it).
-ACTIONS: dict[str, tuple[Callable[..., int], list[str]]] = {
+ACTIONS: Actions = {
     "list": (list_states, ["directory"]),
     "show": (show, ["directory", "key"]),
     "diff": (diff, ["directory", "key", "other"]),
@@ -143,21 +142,7 @@ ACTIONS: dict[str, tuple[Callable[..., int], list[str]]] = {
 
 
 def main(argv: list[str]) -> int:
-    action = argv[0] if argv and not argv[0].startswith("-") else None
-    if action is not None and action not in ACTIONS:
-        from .._names import unknown
-
-        raise UserError(unknown("action of states", action, ACTIONS))
-    if action is None or "--help" in argv or "-h" in argv:
-        chosen = [action] if action else list(ACTIONS)
-        print("\n\n".join(_options(name).help() for name in chosen))
-        return 0
-    return ACTIONS[action][0](**_options(action).parse(argv[1:]))
-
-
-def _options(action: str) -> Options:
-    function, positional = ACTIONS[action]
-    return Options(f"states {action}", function, positional=positional)
+    return run("states", ACTIONS, argv)
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from .._register import differentiable, operator
 from .._spec import OpSpec, register
 from ..lti import diagonal_ssm_apply as dplr_ssm_apply
 from ..lti import documents
+from ..lti.algorithms import check_algorithm
 from ..lti.convolution import convolve
 from ..lti.forms import CHUNK
 from . import forms, kernel, reference
@@ -24,7 +25,6 @@ from .cauchy import cauchy
 __all__ = ["cauchy", "dplr_kernel", "dplr_ssm", "dplr_ssm_apply", "dplr_ssm_matrix", "dplr_ssm_step"]
 
 _OP = "dplr_ssm"
-ALGORITHMS = ("fft", "chunk", "recurrent")
 # Up to this many tokens steps in O(N) are cheaper than to make the dense system, which takes O(N^2) a power.
 _FEW = 16
 
@@ -94,18 +94,8 @@ def _choose(algorithm: str | None, u: Tensor, seg: Segments | None) -> str:
         if u.shape[1] <= _FEW:
             return "recurrent"
         return "fft" if seg is None else "chunk"
-    _algorithm(algorithm, seg)
+    check_algorithm(_OP, algorithm, seg)
     return algorithm
-
-
-def _algorithm(algorithm: str | None, seg: Segments | None) -> None:
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(f"{_OP}: algorithm: want one of {', '.join(ALGORITHMS)} or None, got {algorithm!r}")
-    if algorithm == "fft" and seg is not None:
-        raise ValueError(
-            f"{_OP}: algorithm: 'fft' is one convolution over the whole row and cannot serve documents, resets or "
-            "padding; with seg want 'chunk', 'recurrent' or None, got 'fft'"
-        )
 
 
 # ---- as one operator, for compilers ----------------------------------------------------------------------------------
@@ -216,7 +206,7 @@ def dplr_ssm(
     _checks.segments(_OP, seg, sizes["B"], sizes["L"], u.device)
     resolve(_OP, reasons(), backend)
     if torch.compiler.is_compiling():
-        _algorithm(algorithm, seg)
+        check_algorithm(_OP, algorithm, seg)
         position, valid = (None, None) if seg is None else (seg.position, seg.valid)
         return _forward(u, w, p, b, c, D, state, position, valid, algorithm)
     return run(u, w, p, b, c, D, state, seg, algorithm, final_state)

@@ -32,16 +32,17 @@ def kernel(
     precision = w.real.dtype
     if length == 0:
         return w.real.new_zeros(*c.shape[:2], 0) * c.real.sum()
-    wide = [t.to(torch.complex128) for t in (w, p, b, c)]
+    exact = w.dtype == torch.complex128
+    w, p, b, c = (t.to(torch.complex128) for t in (w, p, b, c))
     if algorithm == "powers":
-        taps = System(*wide).kernel(length)
-    elif w.dtype == torch.complex128:
-        taps = generating(*wide[:3], System(*wide).truncated(length), length, backend)
+        taps = System(w, p, b, c).kernel(length)
+    elif exact:
+        taps = generating(w, p, b, System(w, p, b, c).truncated(length), length, backend)
     else:
         r = _LEFT ** (1 / length)
-        w, p, q, b = damped(*wide[:3], r)
+        w, p, q, b = damped(w, p, b, r)
         grown = torch.arange(length, dtype=torch.float64, device=w.device).mul(-math.log(r)).exp()
-        taps = generating(w, p, b, wide[3], length, backend, q) * grown
+        taps = generating(w, p, b, c, length, backend, q) * grown
     return taps.to(precision)
 
 

@@ -15,6 +15,7 @@ from .._precision import no_autocast
 from .._register import differentiable, operator
 from .._spec import OpSpec, Summary, register
 from . import documents, fixed, forms, reference
+from .algorithms import check_algorithm
 from .convolution import convolve
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 _OP = "diagonal_ssm"
-ALGORITHMS = ("fft", "chunk", "recurrent")
 # Up to this many tokens the plain recurrence is cheaper than setting up any closed form.
 _FEW = 8
 # Measured on CPU (N = 32, forward and backward): the Fourier form is up to 2 times faster for short rows, the chunked
@@ -187,18 +187,8 @@ def _choose(algorithm: str | None, u: Tensor, seg: Segments | None) -> str:
             return "recurrent"
         long = u.device.type == "cpu" and u.shape[1] > _MANY
         return "chunk" if long or seg is not None else "fft"
-    _algorithm(algorithm, seg)
+    check_algorithm(_OP, algorithm, seg)
     return algorithm
-
-
-def _algorithm(algorithm: str | None, seg: Segments | None) -> None:
-    if algorithm is not None and algorithm not in ALGORITHMS:
-        raise ValueError(f"{_OP}: algorithm: want one of {', '.join(ALGORITHMS)} or None, got {algorithm!r}")
-    if algorithm == "fft" and seg is not None:
-        raise ValueError(
-            f"{_OP}: algorithm: 'fft' is one convolution over the whole row and cannot serve documents, resets or "
-            "padding; with seg want 'chunk', 'recurrent' or None, got 'fft'"
-        )
 
 
 # ---- as one operator, for compilers ----------------------------------------------------------------------------------
@@ -303,7 +293,7 @@ def diagonal_ssm(
         return fixed.diagonal_ssm(u, log_a, b, c, D, conjugate, state, seg)
     resolve(_OP, reasons(), backend)
     if torch.compiler.is_compiling():
-        _algorithm(algorithm, seg)
+        check_algorithm(_OP, algorithm, seg)
         position, valid = (None, None) if seg is None else (seg.position, seg.valid)
         return _forward(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
     return run(u, log_a, b, c, D, conjugate, state, seg, algorithm)
