@@ -319,7 +319,16 @@ def test_fast_lengths():
 @pytest.mark.parametrize("ahead", [None, 0.5, 1.0])
 @pytest.mark.parametrize(
     ("batch", "length", "width", "taps"),
-    [(1, 1, 3, 1), (2, 5, 20, 5), (3, 100, 17, 40), (2, 1000, 16, 1000), (2, 1024, 16, 1024), (5, 2049, 33, 2049)],
+    [
+        (1, 1, 3, 1),
+        (2, 5, 20, 5),
+        (2, 64, 16, 1),
+        (3, 100, 17, 7),
+        (3, 100, 17, 40),
+        (2, 1000, 16, 1000),
+        (2, 1024, 16, 1024),
+        (5, 2049, 33, 2049),
+    ],
 )
 def test_kernels_are_as_good_as_plain_transforms(batch, length, width, taps, ahead):
     u, dy = torch.randn(2, batch, length, width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,12 @@ def recording(mixer: SequenceMixer) -> Iterator[list[Seen]]:
             return run(x, state, seg)
 
         mixer._run = heard  # type: ignore[method-assign, assignment]
+        # A mixer may have a way of its own to whole sequences; here it takes the body.
+        mixer._whole = partial(Causal._whole, mixer)  # type: ignore[method-assign]
         try:
             yield calls
         finally:
-            del mixer._run
+            del mixer._run, mixer._whole
         return
 
     def hook(_module: nn.Module, arguments: tuple, options: dict) -> None:

@@ -216,12 +216,14 @@ def _compare(recipe: str | None, argv: list[str]) -> int:
 def _build(config: Mapping[str, Any]) -> Any:
     """A recipe from the content of a config.yaml."""
     from ..training.fit import check
+    from ..training.groups import parameter_groups
 
     options = dict(config)
     recipe = options.pop("recipe")
     values = parsed(recipe, options)
     made = recipes.get(recipe)(**values)
     check(made.training)
+    parameter_groups(made.model, lr=made.training.lr, groups=made.training.groups)
     return made
 
 

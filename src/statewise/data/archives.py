@@ -195,8 +195,11 @@ def _zip_members(path: Path, file: IO[bytes], pattern: str) -> Iterator[tuple[st
             if info.is_dir() or not fnmatch.fnmatchcase(info.filename, pattern):
                 continue
             limits.take(info.filename, info.file_size)
-            # The reader stops at the size that the directory of the archive states.
-            yield info.filename, archive.read(info)
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{path}: {info.filename}: want a member that is stored or deflated")
+            # No more than the directory of the archive states, whatever comes out.
+            with archive.open(info) as member:
+                yield info.filename, member.read(info.file_size)
 
 
 def _tar_members(path: Path, file: IO[bytes], pattern: str) -> Iterator[tuple[str, bytes]]:

@@ -2,7 +2,8 @@
 
 A data set is three splits of (inputs, labels). Inputs are tokens of different lengths (`Ragged`), pairs of these, or an
 array of values (n, L, C). On the disk it is a folder of .npy files beside card.json, which has the settings it was made
-with and a checksum for each file; arrays are mapped, not read, so a large set opens at once.
+with and a checksum for each file; arrays are mapped, and of values nothing is read, so a large set of pictures opens
+at once.
 """
 
 from __future__ import annotations
@@ -138,9 +139,12 @@ class Labelled:
                 raise ValueError(f"{folder / CARD}: checksums: {key!r} is no part of a data set")
             path = folder / f"{key}.npy"
             if not path.is_file():
-                raise ValueError(f"{folder}: {path.name} is missing; make the data again")
+                raise ValueError(f"{folder}: {path.name} is missing; remove {folder} and make the data again")
             if verify and checksum(path) != expected:
-                raise ValueError(f"{path}: not the file that was written (its checksum differs); make the data again")
+                raise ValueError(
+                    f"{path}: not the file that was written (its checksum differs); "
+                    f"remove {folder} and make the data again"
+                )
             try:
                 arrays[key] = np.load(path, mmap_mode="r", allow_pickle=False)
             except (ValueError, OSError, EOFError) as error:
@@ -150,7 +154,9 @@ class Labelled:
             data = cls(**{**card, **splits})
             check(data)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder}: not a whole data set: {error}; make the data again") from error
+            raise ValueError(
+                f"{folder}: not a whole data set: {error}; remove {folder} and make the data again"
+            ) from error
         return data
 
 

@@ -212,7 +212,7 @@ def folder() -> Path:
     told = os.environ.get("STATEWISE_PTD")
     if told:
         return Path(told)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statewise" / "ptd"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statewise" / "ptd"
 
 
 def _write(path: Path, found: Perturbed) -> None:

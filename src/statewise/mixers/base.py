@@ -109,9 +109,10 @@ class Mixing(NamedTuple):
 
     def apply(self) -> Tensor:
         """dense @ v."""
+        dense = self.dense.to(self.v.dtype)
         if self.kind == "head":
-            return torch.einsum("bhts,bshp->bthp", self.dense, self.v)
-        return torch.einsum("btsij,bsj->bti", self.dense, self.v)
+            return torch.einsum("bhts,bshp->bthp", dense, self.v)
+        return torch.einsum("btsij,bsj->bti", dense, self.v)
 
 
 class HasMixing(ABC):

@@ -42,14 +42,15 @@ _advise = _advice()
 
 
 def _limit() -> int:
-    """Bytes to keep at most: STATEWISE_KEEP_MB, or a sixteenth of the machine's memory."""
+    """Bytes to keep at most: STATEWISE_KEEP_MB, or a sixteenth of the machine's memory, but no more than 1 GB."""
     told = os.environ.get("STATEWISE_KEEP_MB")
     if told is not None:
         if not told.isascii() or not told.isdigit():
             raise ValueError(f"environment variable STATEWISE_KEEP_MB: want a number of megabytes, got {told!r}")
         return int(told) << 20
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
+        # A container may have less than the machine.
+        return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16, 1 << 30)
     except (AttributeError, ValueError, OSError):  # Windows
         return 1 << 29
 
@@ -87,7 +88,8 @@ class Recycler:
         with self._lock:
             # The last that came back is the likeliest to be in a cache.
             for i in reversed(range(len(self._free))):
-                if self._free[i].size == size:
+                # Collecting garbage in this loop may come back here and give blocks away.
+                if i < len(self._free) and self._free[i].size == size:
                     return self._free.pop(i)
         block = np.empty(size, np.uint8)
         if size >= _LARGE and _advise is not None:
@@ -99,7 +101,7 @@ class Recycler:
         with self._lock:
             self._free.append(self._lent.pop(id(reference))[1])
             total = sum(block.size for block in self._free)
-            while total > self.limit:
+            while total > self.limit and self._free:
                 total -= self._free.pop(0).size
 
     def clear(self) -> None:
@@ -112,8 +114,9 @@ _recycler = Recycler(_limit())
 
 
 def _after_fork() -> None:
-    # Another thread may have held the lock. What is lent lives on with its tensors.
+    # Another thread may have held the lock. What is lent lives on with its tensors, and does not come back.
     global _recycler
+    _recycler._lent.clear()
     _recycler = Recycler(_recycler.limit)
 
 

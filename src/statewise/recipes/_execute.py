@@ -104,7 +104,7 @@ def _before(phase: Phase, model: Any, run: RunDirectory, console: Console) -> Ou
     """Run a phase, or go on with it, unless it has left its model already; then hand over."""
     inner = RunDirectory(run.path / phase.name)
     outcome = Outcome(phase.recipe.training.steps, True)
-    if not inner.model.is_file():
+    if not inner.results.is_file():
         started = bool(inner.saved_steps())
         inner.path.mkdir(exist_ok=True)
         console.print(f"[bold]{phase.recipe.name}[/]: {phase.recipe.training.steps} steps", highlight=False)

@@ -23,7 +23,7 @@ class SetOptions:
     Args:
         source: folder or file with the published data; not needed where the set is made here or comes with a package
         seed: of the set itself, where it is generated or split
-        workers: processes that make the set
+        workers: threads that make the set, 0 for one on each core
     """
 
     source: str | None = None
@@ -158,12 +158,16 @@ def _model(config: dict[str, Any], seed: int) -> Any:
 def _config(task: Task, options: Mapping[str, Any], *, causal: bool) -> dict[str, Any]:
     model, profile = options["model"], options["profile"]
     config = tables.config(task.table, _family(model), profile)
-    if not isinstance(model, str):
+    if isinstance(model, Mapping):
         config["mixer"] = model
     else:
-        names = [part.strip() for part in model.split(",")]
-        specs = [tables.config(task.table, _known(name), profile)["mixer"] for name in names]
+        entries = [part.strip() for part in model.split(",")] if isinstance(model, str) else model
+        specs = [tables.config(task.table, _known(e), profile)["mixer"] if isinstance(e, str) else e for e in entries]
         config["mixer"] = specs if len(specs) > 1 else specs[0]
+    if options["d_model"] is not None and config.get("mlp"):
+        # The inner width of an MLP keeps its share of the width.
+        hidden = config["mlp"]["hidden"] * options["d_model"] / config["d_model"]
+        config["mlp"] = {**config["mlp"], "hidden": max(round(hidden), 1)}
     config |= {name: options[name] for name in ("d_model", "n_layer") if options[name] is not None}
     return {**config, "mixer": _causal(config["mixer"])} if causal else config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..data import sets
 from ..data.label_baselines import label_baselines
 from ..data.steps import Batch
 from ..training.directory import RunDirectory
@@ -50,6 +52,8 @@ def finish_classification(recipe: Recipe, run: RunDirectory, console: Console) -
     results = {
         **_common(recipe, run),
         "data": labelled.name,
+        **({"what": _about(labelled.name)} if labelled.name in sets.names() else {}),
+        **({"validation": "test"} if labelled.settings.get("validation") == "test" else {}),
         "training_rows": len(data.rows),
         "test_rows": int(counts.sum()),
         "best_step": step,
@@ -91,6 +95,11 @@ def plot_confusion(path: Path, counts: np.ndarray, names: Sequence[str]) -> None
     figure.savefig(path, dpi=120, metadata={"Software": "statewise"})
 
 
+def _about(name: str) -> str:
+    """The first line of a set's maker, which says what its profiles are."""
+    return (inspect.getdoc(sets.get(name)) or "").split("\n")[0]
+
+
 def _rows(recipe: Recipe, results: dict[str, Any]) -> list[tuple[str, float]]:
     own = (describe(recipe), results["accuracy"])
     return sorted([*results["baselines"].items(), own], key=lambda row: row[1])
@@ -115,6 +124,12 @@ def _card(recipe: Recipe, results: dict[str, Any], run: RunDirectory) -> str:
         f"- Test accuracy **{results['accuracy']:.2%}**, with the weights of step {results['best_step']:,}, the "
         f"best on validation ({results['val_accuracy']:.2%})",
         f"- Data: {results['data']}; {results['training_rows']:,} training rows, {results['test_rows']:,} test rows",
+        *([f"- What it is: {results['what']}"] if "what" in results else []),
+        *(
+            ["- **There is no validation split: the step was chosen on the test rows, which flatters.**"]
+            if "validation" in results
+            else []
+        ),
         *_facts(recipe, results),
         "",
         "| model | test accuracy |",

@@ -31,21 +31,19 @@ def prepared(
     """The phase before a classifier with this `config` is trained.
 
     Raises:
-        ValueError: more than one device without torchrun.
+        ValueError: more than one device.
     """
-    import os
-
     import torch
 
     from ..data.classify import DenoisingData
     from ..models.classification import SequenceClassifier
     from ..models.classification.sequence import adopt_encoder
     from ..tasks import Recall, Restoration
+    from ..training.fit import processes
 
-    if training.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
-        raise ValueError(
-            f"devices: with --pretrain two trainings follow each other, so {training.devices} devices need torchrun"
-        )
+    local, machines = processes(training)
+    if local * machines > 1:
+        raise ValueError(f"devices: --pretrain trains on one device, got {local * machines}; want --devices 1")
     data = DenoisingData(base, objective, rate=rate, levels=levels)
     own = {**config, "n_outputs": data.n_outputs, "pool": "none", "head": "linear"}
     if data.added_channels:

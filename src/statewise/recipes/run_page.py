@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..training.directory import RunDirectory, read_metrics
-from . import html
+from . import html, names
 from .report import describe
 
 if TYPE_CHECKING:
@@ -76,12 +76,13 @@ def write_page(recipe: Recipe, run: RunDirectory) -> None:
     results = json.loads(run.results.read_text(encoding="utf-8"))
     machine = json.loads(run.machine.read_text(encoding="utf-8"))
     headline, lower = recipe.task.headline, recipe.task.lower_is_better
-    final = results.get(headline)
+    final = results.get(headline, results.get(f"val_{headline}"))
     if final is None:
         final = next(r[f"val_{headline}"] for r in reversed(rows) if f"val_{headline}" in r)
     more = {k: v for k, v in results.items() if k not in (*_APART, headline)}
     peak, before = (machine.pop(name, None) for name in ("peak_memory_bytes", "memory_before_bytes"))
     memory = f"{peak / 1e6:,.0f} MB" + (f", {before / 1e6:,.0f} MB of it before the first step" if before else "")
+    phase = recipe.name not in names()  # of another run, which a command cannot start alone
     commands = [
         f"statewise run --config {run.config} --seed {recipe.training.seed + 1}    # again, with another seed",
         f"statewise run {recipe.name} --help    # all options",
@@ -100,7 +101,7 @@ def write_page(recipe: Recipe, run: RunDirectory) -> None:
         html.heading("Machine"),
         html.facts({"peak memory": memory, **machine}),
         html.heading("How to go on"),
-        html.code("\n".join(commands)),
+        *([] if phase else [html.code("\n".join(commands))]),
         html.code(f'import statewise\n\nmodel = statewise.load("{run}")'),
     ]
     run.page.write_text(html.page(recipe.name, body), encoding="utf-8")

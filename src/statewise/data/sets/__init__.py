@@ -1,7 +1,8 @@
 """Classification data sets by name: made here, or read from files that the user has.
 
 A maker is `make(profile, *, seed, source, workers, progress) -> Labelled`:
-    profile: "small" needs no download and is made in minutes on two cores; "full" is the published size.
+    profile: "small" needs no files of yours (it is drawn here, or a package is fetched) and is made in minutes on two
+        cores; "full" is the published size.
     seed: of what is drawn and of the split.
     source: folder or file with the published data, for sets that are read; None where the set makes its own.
     workers: threads to use, 0 for one on each core; the result does not depend on it.
@@ -22,8 +23,9 @@ import numpy as np
 
 from ..._names import unknown
 from ..labelled import CARD, Labelled
+from ._workers import full_only
 
-# Name -> "module:function"; the first line of the function's docstring is its line in `statewise list`.
+# Name -> "module:function"; the first line of the function's docstring is its line in `statewise data list`.
 _SETS: dict[str, str] = {
     "listops": "listops:make",
     "fashion_mnist": "images:fashion_mnist",
@@ -68,7 +70,7 @@ def root() -> Path:
     told = os.environ.get("STATEWISE_DATA")
     if told:
         return Path(told)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "statewise" / "data"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statewise" / "data"
 
 
 def parts(name: str, profile: str, seed: int) -> Path:
@@ -100,18 +102,24 @@ def prepare(
     make = get(name)
     if profile not in PROFILES:
         raise ValueError(unknown("profile", profile, PROFILES))
+    if seed < 0:
+        raise ValueError(f"seed: want 0 or more, got {seed}")
+    if source is not None:
+        full_only(profile)
     folder = root() / f"{name}-{profile}-{seed}"
     path = None if source is None else str(source.resolve())
     if (folder / CARD).is_file():
         data = Labelled.load(folder, verify=verify)
         if path in (None, data.settings.get("path")):
             return data
-    data = make(profile, seed=seed, source=source, workers=workers, progress=progress or _silent)
+    progress = progress or _silent
+    progress(0, 1)  # so that a caller knows that something is made
+    data = make(profile, seed=seed, source=source, workers=workers, progress=progress)
     if path is not None:
         data = replace(data, settings={**data.settings, "path": path})
     _put(data, folder)
     shutil.rmtree(parts(name, profile, seed), ignore_errors=True)
-    return Labelled.load(folder)
+    return Labelled.load(folder, verify=verify)
 
 
 def made() -> list[Path]:
@@ -146,6 +154,8 @@ def _put(data: Labelled, folder: Path) -> None:
             folder.rename(old)
         new.rename(folder)
     finally:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

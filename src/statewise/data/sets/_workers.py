@@ -7,8 +7,10 @@ start or to pickle, it works in a notebook and without a `__main__` guard, and C
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -29,12 +31,18 @@ def number(workers: int) -> int:
 
 def blocks(work: Callable[[int, int], T], first: int, count: int, size: int, workers: int) -> Iterator[T]:
     """`work(start, stop)` for each block of `size` indices from `first` on, in order."""
-    starts = range(first, first + count, size)
-    with ThreadPoolExecutor(number(workers), thread_name_prefix="statewise-data") as pool:
-        futures = [pool.submit(work, start, min(start + size, first + count)) for start in starts]
+    starts, threads = iter(range(first, first + count, size)), number(workers)
+    with ThreadPoolExecutor(threads, thread_name_prefix="statewise-data") as pool:
+        # A few blocks ahead and no more: results that wait are not to fill the memory.
+        def submit(n: int) -> list[Future[T]]:
+            return [pool.submit(work, start, min(start + size, first + count)) for start in islice(starts, n)]
+
+        under_way = deque(submit(4 * threads))
         try:
-            for future in futures:
-                yield future.result()
+            while under_way:
+                found = under_way.popleft().result()
+                under_way.extend(submit(1))
+                yield found
         finally:
             # Without this, leaving early would first wait for all that is still in the queue.
             pool.shutdown(wait=False, cancel_futures=True)

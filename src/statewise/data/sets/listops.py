@@ -188,6 +188,11 @@ def _check(grammar: Grammar) -> None:
         raise ValueError(
             f"grammar: want 0 <= min_length < max_length - 1, max_depth >= 1, max_args >= 2, got {grammar}"
         )
+    longest = 1
+    for _ in range(depth - 1):
+        longest = min(2 + args * longest, high)
+    if longest <= low:
+        raise ValueError(f"grammar: none of its expressions has more than min_length = {low} tokens, got {grammar}")
 
 
 def _roots(split: Split) -> Any:

@@ -85,7 +85,7 @@ def _image(top: Path, path: Path, size: int) -> np.ndarray:
             if file.size != (size, size):
                 raise ValueError(f"{top / path}: want {size} x {size} pixels, got {file.size[0]} x {file.size[1]}")
             return np.asarray(file.convert("L"))
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{top / path}: cannot be read as a PNG file: {error}") from error
 
 

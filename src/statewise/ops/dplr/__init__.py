@@ -53,7 +53,7 @@ def dplr_kernel(
     """The kernel K_l = 2 Re(c A^l B), l = 0 ... length - 1, of the system of `dplr_ssm`.
 
     Args:
-        w, p, b: as in `dplr_ssm`.
+        w, p, b: as in `dplr_ssm`; real part of w < 0 for "cauchy".
         c: (..., D, N), complex; one kernel for each of the leading axes, at little extra cost.
         length: L >= 0.
         algorithm: "cauchy" (the generating function at the roots of unity: a Cauchy product, the Woodbury identity and

@@ -142,7 +142,7 @@ class System:
         chunks = max(-(-length >> k), 1)
         chunks = 1 << (chunks - 1).bit_length()
         u = F.pad(u.permute(2, 0, 1), ((chunks << k) - length, 0)).reshape(D, B * chunks, 1 << k)
-        rows = (u @ self.entered(k).flip(1).to(u.dtype)).view(D, B, chunks, -1)
+        rows = (u @ self.entered(k).flip(1).to(u.dtype)).unflatten(1, (B, chunks))
         while rows.shape[2] > 1:
             first, second = rows[:, :, ::2], rows[:, :, 1::2]
             rows, k = second + self.advance(k, first.flatten(1, 2)).view(first.shape), k + 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .cauchy import damped, generating
 from .forms import System
@@ -58,6 +59,7 @@ class _Recomputed(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (dk,), length = grads, ctx.options[0]
         found, start = [], 0
@@ -65,7 +67,8 @@ class _Recomputed(torch.autograd.Function):
             w, p, b, c = leaves = [t.detach().requires_grad_() for t in part]
             with torch.enable_grad():
                 taps = kernel(w, p, b, c, *ctx.options)
-            found.append(torch.autograd.grad(taps, leaves, dk[:, start : start + taps.shape[1]]))
+            part_grad = dk[:, start : start + taps.shape[1]]
+            found.append(torch.autograd.grad(taps, leaves, part_grad, allow_unused=True, materialize_grads=True))
             start += taps.shape[1]
         return *(torch.cat(parts, -2) for parts in zip(*found)), None, None, None
 

@@ -178,7 +178,7 @@ def in_chunks(
         sent = u * (document == last).flatten(0, 1)
         document, before = document.flatten(0, 1), before.flatten(0, 1)
     y = _inside_chunks(u, kernel, document)
-    states = ((u if document is None else sent) @ inject).view(D, B, chunks, -1)
+    states = ((u if document is None else sent) @ inject).unflatten(1, (B, chunks))
     entering = [torch.zeros_like(states[:, :, 0])]
     for q, arriving in enumerate(states.unbind(2)):
         carried = advance(entering[-1])

@@ -287,7 +287,8 @@ _NONE = np.empty(0, np.float32)
 
 
 def _points(L: int, kernel: Tensor, future: Tensor | None) -> int:
-    return max(4, 1 << (least_points(L, kernel, future) - 1).bit_length())
+    # A row has to fit into the first half of the points: see `_load_rows` and `_sequence`.
+    return max(4, 1 << (max(least_points(L, kernel, future), 2 * L - 1) - 1).bit_length())
 
 
 def _ahead(future: Tensor | None) -> tuple[np.ndarray, int]:

@@ -15,7 +15,15 @@ from .tables import difference_rows, model_rows, run_rows, tuning_rows
 def option_rows(plan: Plan) -> list[list[str]]:
     """Every option, with a value for each model."""
     names = dict.fromkeys(name for options in plan.options.values() for name in options)
-    return [[name, *(str(options.get(name)) for options in plan.options.values())] for name in names]
+    chosen = {
+        *(["lr"] if plan.lrs else []),
+        *(["d_model"] if plan.match else []),
+        *(["steps", "warmup", "eval_every", "checkpoint_every"] if plan.minutes else []),
+    }
+    return [
+        [name, *("see above" if name in chosen else str(options.get(name)) for options in plan.options.values())]
+        for name in names
+    ]
 
 
 def page(report: Report, out: Path, picture: str) -> str:

@@ -196,6 +196,8 @@ class Plan:
     def speed(self, out: Path, model: str, **changes: Any) -> Job:
         """A short run for the time of a step. It has steps for ever and is ended by the clock, without validation."""
         endless = {"steps": 10**9, "eval_every": 10**9, "checkpoint_every": 10**9, "log_every": 1}
+        if "pretrain_steps" in self.options[model]:
+            endless["pretrain_steps"] = 1
         config = self.config(model, self.tuning_seed, **changes, **endless, max_minutes=SPEED_MINUTES)
         return Job("speed", model, self.tuning_seed, self.options[model]["lr"], out / "speed" / model, config)
 
@@ -252,6 +254,9 @@ class Plan:
             for name, here in self.options.get(label, {}).items():
                 if here != (asked := asked_for[label].get(name)):
                     raise ValueError(_another(out, name, here, asked))
+        if self.given != other.given and set(other.models) - set(self.models):
+            # Options of a model that is not there yet cannot be compared one by one.
+            raise ValueError(_another(out, "the options", " ".join(self.given), " ".join(other.given)))
         models = {**self.models, **other.models}
         seeds = (*self.seeds, *(s for s in other.seeds if s not in self.seeds))
         return replace(self, models=models, seeds=seeds, options={label: together[label] for label in models})

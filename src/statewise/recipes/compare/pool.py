@@ -206,6 +206,7 @@ class Pool:
             self._say(f"{escape(job.name)}: measured")
         else:
             why = process.complaint() if code > 0 else f"killed by signal {-code}; was there too little memory?"
+            why = "ended before a step was measured" if code == 0 else why
             failed[job.name] = f"{why} (see {job.path / LOG})"
             self._say(f"[red]{escape(job.name)}: failed[/] {escape(failed[job.name])}")
 
