@@ -98,7 +98,7 @@ def _budget_notes(plan: Plan, facts: Facts) -> list[str]:
     if first:
         notes.append(
             f"**Before this training came another ({', '.join(sorted(set(filter(None, first.values()))))}); its steps "
-            f"are not in the times and FLOPs here.**"
+            f"are not in the times and FLOPs here, and the memory is that of both.**"
         )
     counts = {label: facts.models[label].parameters for label in plan.models}
     least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
