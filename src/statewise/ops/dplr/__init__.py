@@ -16,6 +16,7 @@ from .._register import differentiable, operator
 from .._spec import OpSpec, register
 from ..lti import diagonal_ssm_apply as dplr_ssm_apply
 from ..lti import documents
+from ..lti.algorithms import ALGORITHMS as ALGORITHMS  # where the laws look for it
 from ..lti.algorithms import check_algorithm
 from ..lti.convolution import convolve
 from ..lti.forms import CHUNK

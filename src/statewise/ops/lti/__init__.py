@@ -15,6 +15,7 @@ from .._precision import no_autocast
 from .._register import differentiable, operator
 from .._spec import OpSpec, Summary, register
 from . import documents, fixed, forms, reference
+from .algorithms import ALGORITHMS as ALGORITHMS  # where the laws look for it
 from .algorithms import check_algorithm
 from .convolution import convolve
 
