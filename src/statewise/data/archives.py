@@ -62,6 +62,10 @@ class Package:
         return f"https://snapshot.debian.org/binary/{self.name}/"
 
 
+class Unavailable(ValueError):
+    """A package that cannot be fetched here and now: no network, or no program that fetches it."""
+
+
 def folder() -> Path:
     """Where archives are kept: archives/ in `statewise.data.sets.root()`."""
     return root() / "archives"
@@ -148,13 +152,13 @@ def _download(package: Package, into: str) -> None:
             _command(package), cwd=into, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
         )
     except FileNotFoundError:
-        raise ValueError(_by_hand(package, f"there is no {_tool(package)} on this machine")) from None
+        raise Unavailable(_by_hand(package, f"there is no {_tool(package)} on this machine")) from None
     except subprocess.TimeoutExpired:
-        raise ValueError(_by_hand(package, f"{_tool(package)} took longer than {_TIMEOUT} s")) from None
+        raise Unavailable(_by_hand(package, f"{_tool(package)} took longer than {_TIMEOUT} s")) from None
     if done.returncode:
         said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         errors = [line for line in said if "err" in line.lower() or line.startswith("E:")] or said or ["no message"]
-        raise ValueError(_by_hand(package, f"{_tool(package)} failed: {errors[0].strip()}"))
+        raise Unavailable(_by_hand(package, f"{_tool(package)} failed: {errors[0].strip()}"))
 
 
 def _check(package: Package, path: Path) -> None:
