@@ -18,7 +18,7 @@ from ..ops.linear_scan import linear_scan
 from ..ops.lti.reference import lags, powers
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMixer, check_input
-from .layers import Linear
+from .layers import Linear, drop_channels
 
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
 ACTIVATIONS = ("half_glu1", "half_glu2", "full_glu", "gelu", "none")
@@ -161,8 +161,7 @@ class _S5System(SequenceMixer):
         return self._drop(value * gate)
 
     def _drop(self, y: Tensor) -> Tensor:
-        # One mask for the whole sequence.
-        return y * F.dropout(torch.ones_like(y[:, :1]), self.dropout) if self.dropout and self.training else y
+        return drop_channels(y, self.dropout if self.training else 0.0)
 
     def _kernels(self, length: int) -> list[Tensor]:
         """2 Re(C diag(Lambda_bar^l) B_bar) for each direction: (length, D, D) [l, out, in]."""
