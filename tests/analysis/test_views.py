@@ -10,7 +10,7 @@ from torch import nn
 
 from statewise import Segments, analysis, mixers
 from statewise.analysis.spectra import _linearised
-from statewise.mixers.base import CausalMixer
+from statewise.mixers.base import CausalMixer, HasImpulse
 from statewise.models.language import LanguageModel
 from statewise.testing import assert_agree
 
@@ -155,6 +155,52 @@ def test_spectrum_of_time_invariant_mixers(name, options):
     assert view.unstable_share == 0
 
 
+def assert_same_set(got, want, what):
+    """Eigenvalues without their order: each has a partner on the other side, up to rounding."""
+    distance = (got[:, None] - want).abs()
+    for nearest in (distance.min(0).values, distance.min(1).values):
+        assert_agree(nearest + 1, torch.ones_like(nearest), what)
+
+
+def test_spectrum_of_s4_is_that_of_hippo():
+    """LegS has the eigenvalues -1, -2, ..., -N, and the bilinear rule maps them as it maps the matrix."""
+    mixer = build("s4", d_state=4)
+    mixer.reset_dynamics()  # again, now in float64
+    view = analysis.spectrum(mixer)
+    assert (view.source, view.eigenvalues.shape) == ("time-invariant", (D, 4))
+    half = mixer.log_dt.detach().exp().unsqueeze(-1) * torch.arange(1, 5) / 2
+    for got, want in zip(view.eigenvalues, (1 - half) / (1 + half)):
+        assert_same_set(got, want, "eigenvalues")
+    assert view.unstable_share == 0
+    # They are also those of the derivative of the state.
+    assert_same_set(view.eigenvalues.flatten(), _linearised(mixer, draw(), samples=1)[0], "linearised")
+
+
+class Mean(CausalMixer, HasImpulse):
+    """The mean of two neighbours: time-invariant, in a form that nothing here knows."""
+
+    def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32):
+        return torch.zeros(batch, D, dtype=dtype)
+
+    def _run(self, x, state, seg):
+        before = torch.cat([(x.new_zeros(len(x), D) if state is None else state).unsqueeze(1), x], 1)
+        return (before[:, 1:] + before[:, :-1]) / 2, before[:, -1]
+
+    def mixing(self, x, seg=None):
+        raise NotImplementedError
+
+    def impulse(self, length):
+        return torch.nn.functional.pad(torch.full((D, 2), 0.5), (0, length - 2))
+
+
+def test_a_time_invariant_mixer_of_no_known_form_is_linearised():
+    with pytest.raises(ValueError, match="the dynamics of Mean have no closed form that is known here; want a sample"):
+        analysis.spectrum(Mean())
+    view = analysis.spectrum(Mean(), draw())
+    assert view.source == "linearised"
+    assert (view.eigenvalues == 0).all()  # it forgets all but the last input at once
+
+
 def test_spectrum_of_a_selective_mixer_is_a_sample():
     mixer, x = build("rglru"), draw(2)
     seg = Segments.from_lengths([5, 9], total=L)
@@ -179,10 +225,7 @@ def test_linearised_dynamics_are_the_decays_of_a_linear_mixer(name, options):
     if decay.is_complex():  # numbers of state come as pairs of reals, and with them the conjugates
         decay = torch.cat([decay, decay.conj()], 1)
     for now, want in zip(got, decay.to(got.dtype)):
-        # Each eigenvalue has a partner; order is not defined.
-        distance = (now[:, None] - want).abs()
-        assert_agree(distance.min(0).values + 1, torch.ones(len(want)).double(), "eigenvalues")
-        assert_agree(distance.min(1).values + 1, torch.ones(len(now)).double(), "eigenvalues")
+        assert_same_set(now, want, "eigenvalues")
 
 
 def test_linearised_dynamics_of_a_nonlinear_mixer():
@@ -192,8 +235,7 @@ def test_linearised_dynamics_of_a_nonlinear_mixer():
     h = mixer(x)[0].detach()
     slope = torch.diag(1 - h[-1] ** 2) @ mixer.W.detach()
     want = torch.linalg.eigvals(slope)
-    distance = (view.eigenvalues[-1][:, None] - want).abs().min(0).values
-    assert_agree(distance + 1, torch.ones(D).double(), "eigenvalues")
+    assert_same_set(view.eigenvalues[-1], want, "eigenvalues")
 
 
 def test_what_has_no_spectrum_says_why():

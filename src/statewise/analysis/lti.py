@@ -1,4 +1,4 @@
-"""Time-invariant mixers: their diagonal form, if they have one, however their class writes it down."""
+"""Time-invariant mixers: their diagonal form, if they have one, however their class writes it down; their modes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..mixers.base import HasImpulse
+from ..mixers.s4 import S4
 from ..ops._precision import widen
+from ..ops.dplr.forms import System
 
 _TAPS = 4  # of the impulse response that tell whether, and how, the diagonal form means the mixer
 
@@ -78,3 +80,20 @@ def _parts(given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         return None
     shape = (D, log_a.shape[1])
     return log_a.expand(shape), write.expand(shape), read.expand(shape), skip
+
+
+@torch.no_grad()
+def modes(mixer: HasImpulse) -> Tensor | None:
+    """Eigenvalues of one step of the state, (channels, modes), or (1, modes) of one system for all channels.
+
+    Of a diagonal form the modes that it keeps: one of each conjugate pair where it reads twice the real part. Of S4,
+    which is diagonal plus low rank, all N of them. None for a mixer of which neither form is known.
+    """
+    if (form := diagonal_form(mixer)) is not None:
+        return form.decay if form.decay.ndim > 1 else form.decay[None]
+    if not isinstance(mixer, S4):
+        return None
+    w, p, b, c, _ = mixer.discrete()
+    # What a step adds to the state, so that slow decays keep their digits.
+    change = System(w, p, b, c.unsqueeze(0)).E(0)
+    return 1 + torch.linalg.eigvals(change)
