@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -221,8 +222,14 @@ def test_run_generate_evaluate(here, capsys):
     assert main(["evaluate", run]) == 0
     assert "this model" in capsys.readouterr().out
     (here / "other.txt").write_text("something else entirely, of some length")
-    assert main(["evaluate", run, "--data.path", "other.txt"]) == 0
+    assert main(["evaluate", run, "--data.path", "other.txt", "--out", "f.json"]) == 0
     assert "other.txt: 39 bytes" in capsys.readouterr().out
+    told = json.loads(Path("f.json").read_text())
+    assert (told["text"], told["bytes"], told["baselines"]["uniform"]) == ("other.txt", 39, 8.0)
+    assert told["bits_per_byte"] > 0
+    assert f"rate: {run} is a language model; it takes --data.path and --chunk" in _error(
+        capsys, "evaluate", run, "--rate", "0.5"
+    )
     checkpoint = os.path.join(run, "checkpoints", "step-000004.safetensors")
     assert main(["generate", checkpoint, "--prompt", "the ", "--tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out == first

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from statewise.data.labelled import Labelled, Ragged, Split, check
+from statewise.data.labelled import Labelled, Ragged, Split, check, decimated
 
 
 def _tokens(seed: int, paired: bool = False) -> Split:
@@ -52,6 +52,22 @@ def test_a_saved_set_comes_back(kind, tmp_path):
         "paired",
     ):
         assert getattr(made, name) == getattr(read, name)
+
+
+def test_every_second_value():
+    made = _set("values")
+    half = decimated(made, 3)
+    check(half)
+    assert half.length == 2
+    assert (half.mean, half.std, half.image) == (made.mean, made.std, None)
+    np.testing.assert_array_equal(half.test.inputs, made.test.inputs[:, [0, 3]])
+    np.testing.assert_array_equal(half.test.labels, made.test.labels)
+    assert decimated(decimated(made, 2), 2).settings["every"] == 4
+    assert decimated(made, 1) is made
+    with pytest.raises(ValueError, match="demo has tokens"):
+        decimated(_set("tokens"), 2)
+    with pytest.raises(ValueError, match="got every 5th"):
+        decimated(made, 5)
 
 
 def test_rows_of_a_ragged_array():

@@ -139,7 +139,7 @@ def test_step_rescale():
         t = torch.linspace(0, 6, steps + 1, dtype=F64)
         x = torch.sin(t).reshape(1, -1, 1) * torch.arange(1, 5)
         fine = m(x)[:, ::2]
-        m.step_rescale = 2.0
+        m.rate = 2.0
         return ((m(x[:, ::2]) - fine).abs().max() / fine.abs().max()).item()
 
     # Zero-order hold of a smooth signal errs in proportion to the step.

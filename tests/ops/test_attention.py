@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from statewise import Segments, state
+from statewise import Segments, deterministic, state
 from statewise.ops import (
     KVBuffer,
     KVState,
@@ -16,6 +16,7 @@ from statewise.ops import (
     attention_positions,
     attention_step,
 )
+from statewise.ops.attention import reference
 from statewise.testing.tolerance import assert_agree, assert_zero
 
 F64 = torch.float64
@@ -29,13 +30,15 @@ def qkv(batch: int, length: int, heads: int = 4, kv_heads: int = 2, size: int = 
     return tuple(normal(batch, length, h, size, seed=i) for i, h in enumerate((heads, kv_heads, kv_heads)))
 
 
-def by_hand(q, k, v, *, causal=True, window=None, scale=None):
+def by_hand(q, k, v, *, causal=True, window=None, block=None, scale=None):
     """One row, one document, all tokens valid; one query and one head at a time."""
     out = torch.zeros_like(q)
     per = q.shape[1] // k.shape[1]
     for t in range(len(q)):
         first = 0 if window is None else max(0, t - window + 1)
         last = t + 1 if causal else len(q)
+        if block is not None:
+            first, last = max(0, t // block - 1) * block, (t // block + 2) * block
         for h in range(q.shape[1]):
             score = k[first:last, h // per] @ q[t, h] * (q.shape[2] ** -0.5 if scale is None else scale)
             out[t, h] = score.exp() / score.exp().sum() @ v[first:last, h // per]
@@ -43,7 +46,12 @@ def by_hand(q, k, v, *, causal=True, window=None, scale=None):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 1}, {"window": 3}, {"window": 50}, {"scale": 0.3}, {"causal": False}], ids=str
+    "options",
+    [
+        *({}, {"window": 1}, {"window": 3}, {"window": 50}, {"scale": 0.3}, {"causal": False}),
+        *({"causal": False, "block": 1}, {"causal": False, "block": 4}, {"causal": False, "block": 50}),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 def test_by_hand(options, heads):
@@ -54,8 +62,64 @@ def test_by_hand(options, heads):
     assert_agree(attention_apply(attention_matrix(q, k, **options), v), y, "matrix times v", 11)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 3}, {"causal": False}], ids=str)
-def test_documents_and_padding(options):
+LOCAL = [{"window": 3}, *({"causal": False, "block": block} for block in (1, 2, 3, 5))]
+
+
+@pytest.fixture
+def short_stretches(monkeypatch):
+    """As if rows were so long that they are attended with piece by piece."""
+    monkeypatch.setattr(reference, "QUERIES", 1)
+
+
+@pytest.mark.usefixtures("short_stretches")
+@pytest.mark.parametrize("options", LOCAL, ids=str)
+def test_piece_by_piece(options):
+    q, k, v = qkv(2, 23)
+    assert len(reference.stretches(_sight(**options), 0, 23, packed=False)) > 4
+    y, _ = attention(q, k, v, **options)
+    for b in range(2):
+        assert_agree(y[b], by_hand(q[b], k[b], v[b], **options), "y", 23)
+    assert_agree(attention_apply(attention_matrix(q, k, **options), v), y, "matrix times v", 23)
+    with deterministic():
+        single = attention(*(t.float() for t in (q, k, v)), **options)[0]
+    assert_agree(single, y.float(), "in a fixed order", 23)
+    if "window" in options:
+        first, kept = attention(q[:, :9], k[:, :9], v[:, :9], **options)
+        second, _ = attention(q[:, 9:], k[:, 9:], v[:, 9:], state=kept, **options)
+        assert_agree(torch.cat([first, second], 1), y, "in two chunks", 23)
+
+
+def _sight(causal=True, window=None, block=None):
+    return reference.Sight(causal, window, block)
+
+
+def test_blocks_that_hold_the_row_see_all_of_it():
+    q, k, v = qkv(2, 300)
+    full, _ = attention(q, k, v, causal=False)
+    for block in (150, 299, 300, 1000):
+        assert_agree(attention(q, k, v, causal=False, block=block)[0], full, f"block {block}", 300)
+    assert not torch.allclose(attention(q, k, v, causal=False, block=100)[0], full)
+
+
+@pytest.mark.parametrize("options", [{"window": 256}, {"causal": False, "block": 256}], ids=str)
+def test_memory_is_linear_in_the_length(options):
+    """Scores that are ever computed: each stretch of queries with the keys in its sight."""
+
+    def scores(length: int) -> int:
+        found = reference.stretches(_sight(**options), 0, length, packed=False)
+        assert [lo for (lo, _), _ in found[1:]] == [hi for (_, hi), _ in found[:-1]]
+        assert (found[0][0][0], found[-1][0][1]) == (0, length)
+        return sum((hi - lo) * (last - first) for (lo, hi), (first, last) in found)
+
+    assert scores(2**16) <= 2.1 * scores(2**15)
+    assert max(hi - lo for (lo, hi), _ in reference.stretches(_sight(**options), 0, 2**16, packed=True)) == 256
+
+
+@pytest.mark.parametrize("stretches", ["whole", "pieces"])
+@pytest.mark.parametrize("options", [{}, {"causal": False}, *LOCAL], ids=str)
+def test_documents_and_padding(options, stretches, request):
+    if stretches == "pieces":
+        request.getfixturevalue("short_stretches")
     position = torch.tensor([[4, 5, 6, 0, 1, 2, 3, 4, 0, 1], [*range(10)], [0] * 10])
     valid = torch.tensor([[1, 0, 1, 1, 1, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0, 1, 1, 0], [0] * 10]).bool()
     seg = Segments(position, valid)
@@ -213,6 +277,8 @@ def test_export():
         ({"q": torch.ones(2, 5, 4, 6).double()}, TypeError, "q is torch.float64"),
         ({"window": 0}, ValueError, "window: want at least 1 token, got 0"),
         ({"causal": False, "window": 3}, ValueError, "causal: want True with a state or a window"),
+        ({"causal": False, "block": 0}, ValueError, "block: want at least 1 token, got 0"),
+        ({"block": 3}, ValueError, "block: want causal=False with it, or a window instead"),
         ({"causal": False, "state": attention_cache(2, 2, 6)}, ValueError, "causal: want True"),
         ({"state": attention_cache(2, 1, 6)}, ValueError, "state.k: want shape"),
         ({"state": torch.zeros(2)}, TypeError, "state: want a KVState, a KVBuffer or None, got Tensor"),

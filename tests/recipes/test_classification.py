@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from statewise import load, recipes
+from statewise.cli.errors import UserError
 from statewise.cli.run import _options
 from statewise.data.classify import ClassifyData
 from statewise.models.classification import SequenceClassifier
@@ -15,7 +16,7 @@ from statewise.tasks import Classification
 from statewise.testing import toys
 from statewise.training.directory import RunDirectory, read_metrics
 from statewise.training.fit import fit
-from statewise.training.options import Training
+from statewise.training.options import Training, shares
 
 RECIPES = {"lra.listops": "tokens", "lra.retrieval": "pairs", "image.fashion_mnist": "pixels"}
 SHORT = Training(steps=6, batch_size=4, eval_every=2, checkpoint_every=2, warmup=1, lr=1e-2)
@@ -148,7 +149,7 @@ def test_the_table_fills_in_what_is_not_said():
     assert (s5.batch_size, s5.steps, s5.lr) == (50, 76_800, pytest.approx(3e-3))
     assert s5.groups == {"B": {"lr": 1.0, "weight_decay": 0.04}}
     s4d = _options("lra.listops").parse(["--profile", "full", "--steps", "9"])["training"]
-    assert (s4d.batch_size, s4d.steps, s4d.warmup, s4d.lr) == (32, 9, 12_000, 0.01)
+    assert (s4d.batch_size, s4d.steps, s4d.lr) == (32, 9, 0.01)
     assert s4d.lr * s4d.dynamics_lr == pytest.approx(1e-3)
     again = _options("lra.listops").parse([], recipes.get("lra.listops")(model="s5", d_model=8, n_layer=1).config())
     assert again["training"] == tables.training("listops", "s5", "small")
@@ -165,6 +166,44 @@ def test_the_table_fills_in_what_is_not_said():
     assert made.config()["lr"] == made.training.lr
 
 
+@pytest.mark.parametrize(
+    ("words", "file", "want"),
+    [
+        ("", {}, (8000, 400, 800, 800)),
+        ("--steps 200", {}, (200, 10, 20, 20)),
+        ("", {"steps": 200}, (200, 10, 20, 20)),
+        ("--steps 1234", {}, (1234, 62, 124, 124)),  # ten validations, as before
+        ("--steps 3", {}, (3, 0, 1, 1)),
+        ("--steps 200 --warmup 7", {}, (200, 7, 20, 20)),
+        ("--steps 200 --eval-every 50", {}, (200, 10, 50, 50)),  # no validation without a checkpoint
+        ("--steps 200 --checkpoint-every 7", {}, (200, 10, 21, 7)),  # nearly 20, where there is a checkpoint
+        ("--checkpoint-every 1000", {}, (8000, 400, 1000, 1000)),
+        ("--eval-every 30 --checkpoint-every 20", {}, (8000, 400, 30, 20)),
+        ("--steps 200", {"warmup": 3, "eval_every": 5, "checkpoint_every": 7}, (200, 3, 5, 7)),
+    ],
+)
+def test_other_steps_keep_the_shares_of_the_table(words, file, want):
+    got = _options("lra.listops").parse(words.split(), file)["training"]
+    assert (got.steps, got.warmup, got.eval_every, got.checkpoint_every) == want
+
+
+@pytest.mark.parametrize("name", ["steps", "eval_every", "checkpoint_every", "warmup"])
+def test_no_negative_pace(name):
+    with pytest.raises(UserError, match=f"{name}: want"):
+        _options("lra.listops").parse([f"--{name.replace('_', '-')}", "-3"])
+
+
+def test_one_distance_stays_a_multiple_of_the_other():
+    for saved, validated in ((50, 100), (100, 50), (70, 100)):
+        table = {"steps": 1000, "warmup": 10, "eval_every": validated, "checkpoint_every": saved}
+        for steps in (1, 7, 311, 999, 1000, 4321):
+            got = shares(table, steps)
+            if 70 not in (saved, validated):
+                assert got["eval_every"] * saved == got["checkpoint_every"] * validated
+            assert -(-steps // got["eval_every"]) <= 1000 // validated
+        assert shares(table, 1000) == table
+
+
 @pytest.mark.parametrize("task", tables.SAMPLES)
 @pytest.mark.parametrize("profile", ["small", "full"])
 @pytest.mark.parametrize("pretrain", ["none", "causal"])
@@ -177,6 +216,14 @@ def test_every_row_of_the_tables_makes_a_model(task, profile, pretrain):
         for name, told in tables.training(task, family, profile, pretrain).groups.items():
             assert told
             assert any(name in p.split(".") for p, _ in model.named_parameters()), (family, name)
+
+
+def test_the_transformer_of_path_x_attends_to_blocks():
+    full = tables.config("pathx", "transformer", "full")
+    assert full["mixer"] == {"name": "bidirectional_attention", "n_heads": 4, "block": 4096}
+    assert full["pool"] == "max"
+    assert "block" not in tables.config("pathfinder", "transformer", "full")["mixer"]
+    assert _causal(full["mixer"]) == {"name": "attention", "n_heads": 4, "window": 8192}
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _planned(recipe: str, argv: list[str]) -> tuple[Plan, dict[str, Any]]:
             models,
             parse_seeds("3" if own["seeds"] is None else own["seeds"]),
             tuple(given),
-            equal_budget(_all_options(recipe, given, models), next(iter(models))),
+            equal_budget(_all_options(recipe, given, models), next(iter(models)), given),
             lrs=() if own["lrs"] is None else parse_rates(own["lrs"]),
             tuning_seed=TUNING_SEED if own["tuning_seed"] is None else own["tuning_seed"],
             minutes=own["minutes"],

@@ -1,14 +1,79 @@
-"""`statewise evaluate RUN_DIR --data.path FILE`."""
+"""`statewise evaluate RUN_DIR`: a language model on a text, or a classifier on a split of its data set."""
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
+from typing import Any, Literal
 
 from ..data.text import TextOptions
 from .errors import user_errors
 from .generate import load_byte_model
 from .options import Options
+
+Split = Literal["test", "validation", "train"]
+CHUNK = 4096
+
+
+def home(run: str) -> Path:
+    """The run directory of a run, or of one of its checkpoints."""
+    path = Path(run)
+    return path.parent.parent if path.is_file() else path
+
+
+def _is_classifier(run: str) -> bool:
+    from ..models._weights import CONFIG, read_config
+
+    return (home(run) / CONFIG).is_file() and read_config(home(run))["architecture"] == "sequence_classifier"
+
+
+def evaluate(
+    run_dir: str,
+    path: str | None = None,
+    chunk: int | None = None,
+    split: Split | None = None,
+    rate: float | None = None,
+    out: str | None = None,
+) -> int:
+    """Figures of a trained model: bits per byte of a text, or the accuracy of a classifier on a split of its data.
+
+    Args:
+        run_dir: run directory, or one of its checkpoints
+        path: of a language model: file, directory or glob; the held-out text of the run if not given
+        chunk: of a language model: bytes per call; 4096 if not given; changes speed and memory, not the result
+        split: of a classifier: which rows; test if not given
+        rate: of a classifier: sampling rate of its input as a share of that of training, such as 0.5 for every second
+            value; the steps of its mixers are made longer by as much, and nothing is trained again
+        out: a JSON file for the figures, with all digits
+    """
+    for_texts, for_rows = {"data.path": path, "chunk": chunk}, {"split": split, "rate": rate}
+    with user_errors():
+        classifier = _is_classifier(run_dir)
+        for name, value in (for_texts if classifier else for_rows).items():
+            if value is not None:
+                kind, instead = ("classifier", for_rows) if classifier else ("language model", for_texts)
+                raise ValueError(f"{name}: {run_dir} is a {kind}; it takes --{' and --'.join(instead)}")
+    if classifier:
+        from .evaluate_labels import evaluate_labels
+
+        figures = evaluate_labels(run_dir, split or "test", 1.0 if rate is None else rate)
+    else:
+        figures = evaluate_text(run_dir, path, CHUNK if chunk is None else chunk)
+    if out is not None:
+        _write(Path(out), figures)
+    return 0
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    with user_errors():
+        try:
+            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"out: cannot write {path}: {error.strerror}") from error
+
+
+# ---- language models -----------------------------------------------------------------------------------------------
 
 
 def _texts(run_dir: str, path: str | None) -> tuple[str, bytes, bytes | None]:
@@ -34,14 +99,8 @@ def _texts(run_dir: str, path: str | None) -> tuple[str, bytes, bytes | None]:
     return f"held-out part of {corpus.name}", b"".join(corpus.held_out), b"".join(corpus.train)
 
 
-def evaluate(run_dir: str, path: str | None = None, chunk: int = 4096) -> int:
-    """Bits per byte of a whole text under the model of a run directory, read once with the state carried along.
-
-    Args:
-        run_dir: run directory
-        path: file, directory or glob; the held-out text of the run if not given
-        chunk: bytes per call of the model; changes speed and memory, not the result
-    """
+def evaluate_text(run_dir: str, path: str | None, chunk: int) -> dict[str, Any]:
+    """Bits per byte of a whole text, read once with the state carried along, beside baselines."""
     with user_errors():
         model = load_byte_model(run_dir)
         name, text, train = _texts(run_dir, path)
@@ -71,7 +130,7 @@ def evaluate(run_dir: str, path: str | None = None, chunk: int = 4096) -> int:
     speed = f"{len(text):,} bytes at {len(text) / seconds:,.0f} bytes/s"
     console.print(f"{name}: {speed}", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
-    return 0
+    return {"run": run_dir, "text": name, "bytes": len(text), "bits_per_byte": bits, "baselines": others}
 
 
 def main(argv: list[str]) -> int:

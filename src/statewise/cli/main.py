@@ -19,7 +19,7 @@ COMMANDS = {
     "compare": ("compare", "train several models under one recipe, with equal means, and compare them"),
     "generate": ("generate", "continue a text with a trained model"),
     "states": ("states", "list, show, trim, compare, fork and remove stored states"),
-    "evaluate": ("evaluate", "bits per byte of a text under a trained model, beside baselines"),
+    "evaluate": ("evaluate", "how good a trained model is: bits per byte of a text, or accuracy on a split"),
     "matrix": ("matrix", "see what the mixers of a model do: matrices, responses, spectra, memory, as PNG"),
     "convert": ("convert", "write a checkpoint in another format: ours, of transformers, of mamba_ssm"),
     "export": ("export", "write a model for other programs: ONNX, PyTorch programs, GGUF for llama.cpp"),

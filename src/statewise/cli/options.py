@@ -31,8 +31,8 @@ class Options:
         positional: parameters given without a flag; those without a default are required.
         switches: boolean parameters whose option stands for itself and takes no value.
 
-    A function may have an attribute `defaults_for`: from the values of all options it makes dataclasses for those in
-    `flat` whose default is None, such as the training that a chosen model takes.
+    A function may have an attribute `defaults_for`: from the values of the options that were given it makes dataclasses
+    for those in `flat` whose default is None, such as the training that a chosen model takes.
     """
 
     def __init__(
@@ -168,7 +168,8 @@ class Options:
             self._check(flag, name, [f"--{name}={value}"])
         words = [f"--{name}={value}" for _, name, value in flags]
         config = self.parser.parse_args(words)
-        if depending := self._depending(vars(config)):
+        given = {name for _, name, _ in flags} | set(defaults or {})
+        if depending := self._depending({name: value for name, value in vars(config).items() if name in given}):
             for made in depending.values():
                 self.parser.set_defaults(dataclasses.asdict(made))
             self._set_defaults(defaults or {})
@@ -245,5 +246,7 @@ def describe_type(hint: Any) -> str:
     parts = [a for a in get_args(hint) if a is not type(None)] if get_args(hint) else [hint]
     if hint == list[str]:
         return "TEXT ..."
+    if get_origin(parts[0]) is Literal:
+        return describe_type(parts[0])
     names = {int: "INT", float: "NUMBER", str: "TEXT", bool: "BOOL"}
     return names.get(parts[0], "VALUE")

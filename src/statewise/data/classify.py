@@ -60,10 +60,14 @@ class ClassifyData(StepData):
         return self.split("validation")
 
     def split(self, name: Literal["train", "validation", "test"]) -> Sequence[Batch]:
-        """All rows of a split, in order, in batches that are made when they are asked for."""
+        """All rows of a split, in order, in batches that are made when they are asked for.
+
+        Of the training rows those that are trained on, which a `limit` may make fewer.
+        """
         split: Split = getattr(self.data, name)
-        n, size = len(split), self.batch_size
-        return _Lazy(lambda i: self.gather(split, np.arange(i * size, min((i + 1) * size, n))), -(-n // size))
+        rows = np.sort(self.rows) if name == "train" else np.arange(len(split))
+        size = self.batch_size
+        return _Lazy(lambda i: self.gather(split, rows[i * size : (i + 1) * size]), -(-len(rows) // size))
 
     def gather(self, split: Split, rows: np.ndarray) -> Batch:
         """The given rows of a split as a batch."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,33 @@ class Labelled:
                 f"{folder}: not a whole data set: {error}; remove {folder} and make the data again"
             ) from error
         return data
+
+
+def decimated(data: Labelled, every: int) -> Labelled:
+    """Every second, third, ... value of each row, from the first on: what a slower clock would have recorded.
+
+    Args:
+        data: a set of values (n, L, C), which are not copied.
+        every: 1 to L.
+
+    Raises:
+        ValueError: its rows are tokens, or shorter than `every`.
+    """
+    if not data.channels:
+        raise ValueError(f"rate: {data.name} has tokens; another rate is for values, such as those of speech_commands")
+    if not 1 <= every <= data.length:
+        raise ValueError(f"rate: want every 1st to {data.length}th value of a row of {data.name}, got every {every}th")
+    if every == 1:
+        return data
+    splits: dict[str, Any] = {}
+    for name in SPLITS:
+        rows: Split = getattr(data, name)
+        assert isinstance(rows.inputs, np.ndarray)
+        splits[name] = Split(rows.inputs[:, ::every], rows.labels)
+    every_in_all = every * data.settings.get("every", 1)
+    return replace(
+        data, length=-(-data.length // every), image=None, settings={**data.settings, "every": every_in_all}, **splits
+    )
 
 
 _PARTS = ("labels", "values", "flat", "offsets", "first_flat", "first_offsets", "second_flat", "second_offsets")

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from .._names import check_options, unknown
-from .base import Causal, CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMixer
+from .base import Causal, CausalMixer, HasImpulse, HasMixing, HasRate, Mixing, SequenceMixer
 
 # Registry name -> (module, class). A mixer's card is its docstring: first line, and "Source:" at the end.
 _MIXERS: dict[str, tuple[str, str]] = {
@@ -63,6 +63,7 @@ __all__ = [
     "CausalMixer",
     "HasImpulse",
     "HasMixing",
+    "HasRate",
     "LinearAttention",
     "LiquidS4",
     "Mamba",
@@ -74,6 +75,7 @@ __all__ = [
     "create",
     "mixer_class",
     "names",
+    "scale_rate",
 ]
 
 
@@ -101,3 +103,18 @@ def create(name: str, d_model: int, **options: Any) -> SequenceMixer:
     cls = mixer_class(name)
     check_options(name, cls, options)
     return cls(d_model, **options)
+
+
+def scale_rate(module: Any, factor: float) -> None:
+    """Multiply the `rate` of every mixer in a module: 2 for an input that is sampled half as often as before.
+
+    Raises:
+        ValueError: a mixer that has no rate, by name (see `HasRate`), or a factor that is not positive. No mixer is
+            changed then.
+    """
+    from .compose import rated
+
+    if not factor > 0:
+        raise ValueError(f"factor: want a positive number, got {factor}")
+    for mixer in rated(module):
+        mixer.rate *= factor

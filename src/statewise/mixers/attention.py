@@ -173,8 +173,11 @@ class BidirectionalAttention(SequenceMixer, HasMixing):
         rope: rotary positions on queries and keys. Without them the mixer does not know the order of its tokens.
         rope_theta: base of the rotary frequencies, > 0.
         bias: of the projections.
+        block: local attention: each document is cut into blocks of so many tokens, and a token attends to its own block
+            and to the two beside it, so that memory and time grow with the length; None: to the whole document.
 
-    Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; rotary positions: Su et al. 2021 (arXiv 2104.09864).
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; rotary positions: Su et al. 2021 (arXiv 2104.09864);
+    blocks: "Never Train from Scratch" (arXiv 2310.02980), which takes 4,096 tokens for Path-X.
     """
 
     def __init__(
@@ -185,20 +188,23 @@ class BidirectionalAttention(SequenceMixer, HasMixing):
         rope: bool = True,
         rope_theta: float = 10000.0,
         bias: bool = True,
+        block: int | None = None,
     ):
         super().__init__()
+        if block is not None and block < 1:
+            raise ValueError(f"BidirectionalAttention: block: want at least 1 token, or None, got {block}")
         self.projections = Attention(d_model, n_heads=n_heads, rope=rope, rope_theta=rope_theta, bias=bias)
-        self.d_model = d_model
+        self.d_model, self.block = d_model, block
 
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
         check_input(self, x, self.d_model)
         x = x if seg is None else seg.mask(x)
         q, k, v, _ = self.projections._project(x, None, seg)
-        return self.projections._emit(attention(q, k, v, seg=seg, causal=False)[0], seg)
+        return self.projections._emit(attention(q, k, v, seg=seg, causal=False, block=self.block)[0], seg)
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)
         x = x if seg is None else seg.mask(x)
         q, k, v, _ = self.projections._project(x, None, seg)
-        dense = attention_matrix(q, k, seg=seg, causal=False)
+        dense = attention_matrix(q, k, seg=seg, causal=False, block=self.block)
         return Mixing(dense, v, lambda y: self.projections._emit(y, seg))

@@ -116,6 +116,16 @@ class HasMixing(ABC):
         return self.mixing(x, seg).dense
 
 
+class HasRate(ABC):
+    """The mixer's steps are amounts of time, so it can read an input that is sampled at another rate.
+
+    `rate`, above 0, multiplies all of them: 2 for an input that is sampled half as often as in training. It may be set
+    at any time. See `statewise.mixers.scale_rate` for whole models.
+    """
+
+    rate: float
+
+
 class HasImpulse(HasMixing):
     """A linear time-invariant mixer: its matrix is Toeplitz and does not depend on the input."""
 

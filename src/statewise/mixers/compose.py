@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..segments import Segments, reverse
 from ..state import State
-from .base import CausalMixer, SequenceMixer, check_input
+from .base import CausalMixer, HasRate, SequenceMixer, check_input
 from .layers import Linear
 
 
@@ -118,6 +118,22 @@ class Parallel(CausalMixer):
             outs.append(_scaled(y, self.out_scales[i]))
             states.append(new)
         return sum(outs[1:], outs[0]), tuple(states)
+
+
+def rated(module: nn.Module) -> list[HasRate]:
+    """The mixers in a module, through those that are made of mixers.
+
+    Raises:
+        ValueError: one of them has no rate.
+    """
+    if isinstance(module, HasRate):
+        return [module]
+    if isinstance(module, SequenceMixer) and not isinstance(module, (Bidirectional, Parallel)):
+        raise ValueError(
+            f"rate: {type(module).__name__} has no steps that another sampling rate could change; want mixers such as "
+            "S4, S4D or S5"
+        )
+    return [mixer for child in module.children() for mixer in rated(child)]
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

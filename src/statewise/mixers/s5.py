@@ -17,7 +17,7 @@ from ..ops._precision import no_autocast, widen
 from ..ops.linear_scan import linear_scan
 from ..ops.lti.reference import lags, powers
 from ..segments import Segments
-from .base import CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMixer, check_input
+from .base import CausalMixer, HasImpulse, HasMixing, HasRate, Mixing, SequenceMixer, check_input
 from .layers import Linear, drop_channels
 
 B_INITS = ("lecun_normal", "hippo")
@@ -28,7 +28,7 @@ _RULES = ("zoh", "bilinear", "dirac", "async")
 _CLIP = -1e-4
 
 
-class _S5System(SequenceMixer):
+class _S5System(SequenceMixer, HasRate):
     """Parameters, discretisation and the parts around the scan that the two directions share."""
 
     dynamics: ClassVar[frozenset[str]] = frozenset({"Lambda_re", "Lambda_im", "B", "log_step"})
@@ -73,7 +73,7 @@ class _S5System(SequenceMixer):
         self.d_model, self.d_state, self.blocks = d_model, d_state, blocks
         self.init, self.b_init, self.c_init = init, b_init, c_init
         self.discretization, self.clip_eigs = discretization, clip_eigs
-        self.dt_min, self.dt_max, self.step_rescale = dt_min, dt_max, step_rescale
+        self.dt_min, self.dt_max, self.rate = dt_min, dt_max, step_rescale
         self.activation, self.dropout = activation, dropout
         modes = d_state // 2
         self.Lambda_re = nn.Parameter(torch.empty(modes))
@@ -124,7 +124,7 @@ class _S5System(SequenceMixer):
         """log of the factor per step and gain of the input: (P/2,), or (B, L, P/2) with `elapsed` (B, L)."""
         real = widen(self.Lambda_re)
         Lambda = torch.complex(real.clamp(max=_CLIP) if self.clip_eigs else real, widen(self.Lambda_im))
-        dt = self.step_rescale * widen(self.log_step).exp()
+        dt = self.rate * widen(self.log_step).exp()
         if self.discretization == "async":
             since = torch.ones_like(dt) if elapsed is None else elapsed.to(dt.dtype).unsqueeze(-1)
             return asynchronous(Lambda, dt, elapsed=since)
@@ -204,7 +204,7 @@ class S5(_S5System, CausalMixer, HasImpulse):
         discretization: "zoh" (input held over a step), "bilinear", "dirac" or "async" (see `maths.discretize`).
         dt_min, dt_max: initial steps are log-uniform in [dt_min, dt_max].
         clip_eigs: keep Re Lambda <= -1e-4, so that the system stays stable; wise where it runs on for long.
-        step_rescale: multiplies the steps; 2 for input that is sampled half as often as in training.
+        step_rescale: multiplies the steps; 2 for input that is sampled half as often as in training. Kept as `rate`.
         activation: "half_glu1", "half_glu2", "full_glu", "gelu" or "none" (the bare state space, which is linear).
         dropout: inside and after the activation, one mask per row and channel for the whole sequence.
 

@@ -15,7 +15,7 @@ from ..ops._precision import widen
 from ..ops.lti import lti_conv
 from ..ops.lti.documents import toeplitz
 from ..segments import Segments
-from .base import CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMixer, check_input
+from .base import CausalMixer, HasImpulse, HasMixing, HasRate, Mixing, SequenceMixer, check_input
 from .layers import Linear, check_tail, gated_tail
 
 # How Re A < 0 is stored. "relu" and "none" are free parameters; "none" does not keep the system stable.
@@ -25,7 +25,7 @@ DT_TRANSFORMS = ("exp", "softplus")
 _RELU_FLOOR = 1e-4
 
 
-class SISO(SequenceMixer):
+class SISO(SequenceMixer, HasRate):
     """Parameters of x' = A x + B u, y = 2 Re(C x) + D u in each channel; A has N/2 modes, halves of conjugate pairs.
 
     A subclass makes further parameters, calls `reset_dynamics` and sets `out_linear`.

@@ -69,13 +69,20 @@ _TRANSFORMER: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-def transformer(layers: int, width: int, heads: int, hidden: int) -> dict[str, Any]:
+# Tasks of which the sequences are too long for all pairs of tokens: blocks of local attention, and how they are pooled.
+_LOCAL: dict[str, dict[str, Any]] = {"pathx": {"block": 4096, "pool": "max"}}
+
+
+def transformer(
+    layers: int, width: int, heads: int, hidden: int, block: int | None = None, pool: str = "mean"
+) -> dict[str, Any]:
     """A Transformer encoder with rotary positions; `hidden` is the inner width of its MLPs."""
     return {
         "d_model": width,
         "n_layer": layers,
-        "mixer": {"name": "bidirectional_attention", "n_heads": heads},
+        "mixer": {"name": "bidirectional_attention", "n_heads": heads, **({"block": block} if block else {})},
         "mlp": {"name": "mlp", "hidden": hidden, "bias": True, "activation": "gelu"},
+        "pool": pool,
     }
 
 
@@ -91,7 +98,8 @@ def config(family: str, task: str) -> dict[str, Any]:
         return _s5(*row, **rest)
     if family == "transformer":
         layers, width, heads, times = _TRANSFORMER[task]
-        return {**transformer(layers, width, heads, times * width), **({"head": "pair"} if task == "retrieval" else {})}
+        made = transformer(layers, width, heads, times * width, **_LOCAL.get(task, {}))
+        return {**made, "head": "pair"} if task == "retrieval" else made
     raise KeyError(family)
 
 

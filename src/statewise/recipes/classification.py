@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from .._names import unknown
-from ..training.options import Training
+from ..training.options import Training, shares
 from . import _long_range as tables
 from .models import ModelChoice
 from .recipe import Phase, Recipe
@@ -49,7 +49,8 @@ _ARGUMENTS = """
 Args:
     model: s4, s4d, s5, transformer, mamba, mamba2, lstm, any other mixer (see `statewise list`), or several with
         commas between them
-    profile: small is sized for two CPU cores, full is what the papers publish
+    profile: small is sized for two CPU cores, full is what the papers publish. With other --steps, warm-up and the
+        distances of validations and checkpoints keep their share of the steps where they are not given
     d_model: width; from the table of the profile if not given
     n_layer: number of layers; from the table of the profile if not given
     pretrain: learn to restore hidden elements of the training rows (masked), or to tell the next one (causal), before
@@ -88,14 +89,34 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
         }  # fmt: skip
         return _classify(task, training, data, options)
 
-    def defaults_for(values: Mapping[str, Any]) -> dict[str, Training]:
-        family, profile = _family(values.get("model", "s4d")), values.get("profile", "small")
-        return {"training": tables.training(task.table, family, profile, values.get("pretrain", "none"))}
+    def defaults_for(given: Mapping[str, Any]) -> dict[str, Training]:
+        family, profile = _family(given.get("model", "s4d")), given.get("profile", "small")
+        table = tables.training(task.table, family, profile, given.get("pretrain", "none"))
+        return {"training": _paced(table, given)}
 
     recipe.__doc__ = about + _ARGUMENTS
     recipe.__name__ = recipe.__qualname__ = task.recipe.rsplit(".", 1)[1]
     recipe.defaults_for = defaults_for  # type: ignore[attr-defined]
     return recipe
+
+
+def _paced(table: Training, given: Mapping[str, Any]) -> Training:
+    """The training of the table where other steps, or other distances, were asked for.
+
+    What was not given keeps its share of the steps, and fits to what was given: a validation counts where there is a
+    checkpoint too.
+    """
+    wanted = {name: given.get(name, 0) for name in ("steps", "eval_every", "checkpoint_every")}
+    if min(wanted.values()) < 0:
+        return table  # what is wrong with them is said where all options are checked
+    if wanted["steps"]:
+        table = replace(table, **shares(asdict(table), wanted["steps"]))
+    validated, saved = wanted["eval_every"], wanted["checkpoint_every"]
+    if validated and not saved:
+        return replace(table, checkpoint_every=validated)
+    if saved and not validated:
+        return replace(table, eval_every=max(round(table.eval_every / saved), 1) * saved)
+    return table
 
 
 def _family(model: ModelChoice) -> str:
@@ -190,6 +211,9 @@ def _causal(mixer: Any) -> Any:
     name = str(spec["name"]).removeprefix("bidirectional_")
     if not issubclass(mixer_class(name), CausalMixer):
         raise ValueError(f"pretrain: 'causal' needs a causal mixer, and {name!r} is not; want --pretrain masked")
+    if "block" in spec:
+        # Local attention looks back only: as far as a token sees at most that has the block before its own in sight.
+        spec["window"] = 2 * spec.pop("block")
     return {**spec, "name": name}
 
 

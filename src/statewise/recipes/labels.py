@@ -9,33 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ..data import sets
 from ..data.label_baselines import label_baselines
-from ..data.steps import Batch
 from ..training.directory import RunDirectory
 from .best import keep_best
 from .curve import plot_curve
+from .label_scores import device_of, score
 from .report import _common, _facts, _yaml, describe
 
 if TYPE_CHECKING:
     from .recipe import Recipe
-
-
-@torch.no_grad()
-def confusion(model: torch.nn.Module, batches: Sequence[Batch], classes: int, device: str = "cpu") -> np.ndarray:
-    """(classes, classes) counts: row the label, column the model's answer."""
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
-    model.to(device).eval()
-    for x, labels, seg in batches:
-        answers = model(x.to(device), None if seg is None else seg.to(device)).argmax(-1).cpu()
-        counts.index_put_((labels, answers), torch.ones_like(labels), accumulate=True)
-    model.cpu()
-    return counts.numpy()
 
 
 def finish_classification(recipe: Recipe, run: RunDirectory, console: Console) -> None:
@@ -44,29 +31,28 @@ def finish_classification(recipe: Recipe, run: RunDirectory, console: Console) -
     labelled = data.data
     step, validation = keep_best(recipe, run)
     recipe.model.save_pretrained(run.path)
-    gpu = recipe.training.accelerator in ("auto", "gpu") and torch.cuda.is_available()
     with console.status("Testing"):
-        counts = confusion(recipe.model, data.split("test"), labelled.n_classes, "cuda" if gpu else "cpu")
+        scores = score(recipe.model, data.split("test"), labelled.n_classes, device_of(recipe.training))
         others = label_baselines(labelled)
-    accuracy = float(np.trace(counts) / max(counts.sum(), 1))
     results = {
         **_common(recipe, run),
         "data": labelled.name,
         **({"what": _about(labelled.name)} if labelled.name in sets.names() else {}),
         **({"validation": "test"} if labelled.settings.get("validation") == "test" else {}),
         "training_rows": len(data.rows),
-        "test_rows": int(counts.sum()),
+        "test_rows": scores.rows,
         "best_step": step,
         "val_accuracy": round(validation, 5),
-        "accuracy": round(accuracy, 5),
+        "accuracy": round(scores.accuracy, 5),
+        "loss": round(scores.loss, 5),
         "baselines": {name: round(value, 5) for name, value in others.items()},
     }
     if recipe.before is not None:
         results["pretraining"] = json.loads(RunDirectory(run.path / recipe.before.name).results.read_text("utf-8"))
     run.results.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    plot_curve(run, recipe.task, "share of labels that are right", others, final=accuracy)
-    np.savetxt(run.path / "confusion.csv", counts, fmt="%d", delimiter=",")
-    plot_confusion(run.path / "confusion.png", counts, labelled.classes)
+    plot_curve(run, recipe.task, "share of labels that are right", others, final=scores.accuracy)
+    np.savetxt(run.path / "confusion.csv", scores.counts, fmt="%d", delimiter=",")
+    plot_confusion(run.path / "confusion.png", scores.counts, labelled.classes)
     run.card.write_text(_card(recipe, results, run), encoding="utf-8")
     _show(console, recipe, results, run)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,22 @@ class Training:
             raise ValueError(f"ema: want a decay of at least 0 and below 1, got {self.ema}")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes: want a positive number, got {self.max_minutes}")
+
+
+def shares(options: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """`steps`, and the warm-up and the distances of validations and checkpoints that keep their share of them.
+
+    Distances are rounded up, so there are no more validations than before. If one distance was a multiple of the other
+    it still is, so that no validation loses its checkpoint.
+
+    Args:
+        options: steps, warmup, eval_every and checkpoint_every, as in `Training`.
+    """
+    before, distances = options["steps"], {name: options[name] for name in ("eval_every", "checkpoint_every")}
+    least = min(distances.values())
+    if all(every % least == 0 for every in distances.values()):
+        unit = -(-least * steps // before)
+        scaled = {name: every // least * unit for name, every in distances.items()}
+    else:
+        scaled = {name: -(-every * steps // before) for name, every in distances.items()}
+    return {"steps": steps, "warmup": round(options["warmup"] * steps / before), **scaled}

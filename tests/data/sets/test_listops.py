@@ -196,6 +196,14 @@ def test_a_line_that_is_not_right(published, line, message):
         _read(published)
 
 
+@pytest.mark.parametrize("line", [b"[MAX 3 " + b"5 " * 70_000 + b"]\t5\n", b"[MAX \xff 3 ]\t5\n", b'"[MAX 3 ]\t5\n'])
+def test_a_file_that_is_no_table_of_text(published, line):
+    path = published / "basic_test.tsv"
+    path.write_bytes(path.read_bytes() + line)
+    with pytest.raises(ValueError, match=r"basic_test\.tsv, "):
+        _read(published)
+
+
 def test_files_that_are_not_there(published, tmp_path):
     (published / "basic_val.tsv").write_text("3\t3\n")
     with pytest.raises(ValueError, match="Source and Target"):

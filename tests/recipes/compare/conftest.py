@@ -46,11 +46,12 @@ def metrics(values, step_seconds=0.5, validation_seconds=3.0, every=20, name="ac
     return "\n".join(lines) + "\n"
 
 
-def finish(job: Job, values, *, final=None, memory=(100, 350), name="accuracy", **more) -> None:
-    """What a finished run leaves that a comparison reads."""
+def finish(job: Job, values, *, final=None, kept=None, memory=(100, 350), name="accuracy", **more) -> None:
+    """What a finished run leaves that a comparison reads; `kept` is the validation of a step that the recipe chose."""
     job.path.mkdir(parents=True)
     (job.path / "metrics.csv").write_text(metrics(values, name=name, **more))
     results = {"baselines": {"majority": 0.25}, "chance": 0.1} | ({} if final is None else {name: final})
+    results |= {} if kept is None else {f"val_{name}": kept}
     (job.path / "results.json").write_text(json.dumps(results))
     machine = {"device": "a machine", "threads": 1, "memory_before_bytes": memory[0], "peak_memory_bytes": memory[1]}
     (job.path / "machine.json").write_text(json.dumps(machine))

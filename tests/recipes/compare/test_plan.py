@@ -116,6 +116,7 @@ def test_the_budget_is_that_of_the_first_model():
     same = equal_budget(own, "a")
     assert same["a"] == OPTIONS
     assert same["b"] == {**OPTIONS, "warmup": 30, "lr": 0.5}
+    assert equal_budget(own, "a", ("--warmup=300",))["b"] == {**OPTIONS, "warmup": 300, "lr": 0.5}
 
 
 def test_a_run_logs_the_step_before_each_validation():

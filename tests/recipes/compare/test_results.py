@@ -111,8 +111,21 @@ def test_validation_chooses_the_learning_rate_and_the_edge_is_flagged(tmp_path):
     assert (made.tuning("b").chosen, made.tuning("b").at_edge) == (1e-3, True)
     assert {job.lr for job in made.final_jobs("b")} == {1e-3}
     notes = "\n".join(collect(made).notes)
+    assert "the last validation of each run chose" in notes
     assert "b: the best learning rate, 0.001, is at the edge of the grid" in notes
     assert "a: the best" not in notes
+
+
+def test_where_a_recipe_keeps_the_best_step_its_validation_chooses(tmp_path):
+    made = comparison(tmp_path / "c", plan(lrs=(1e-3, 1e-2, 1e-1)))
+    for job, kept, last in zip(made.tuning_jobs("a"), (0.9, 0.6, 0.5), (0.2, 0.6, 0.4)):
+        finish(job, [kept, last], kept=kept, final=0.5)
+    tuning = made.tuning("a")
+    assert tuning.chosen == 1e-3
+    assert tuning.tried == [(1e-3, 0.9), (1e-2, 0.6), (1e-1, 0.5)]
+    report, written = write_report(made)
+    assert "the best validation of each run chose" in "\n".join(report.notes)
+    assert "The best validation of each run; the chosen rate is marked" in written[4].read_text()
 
 
 def test_no_rate_that_trains(tmp_path):
@@ -135,9 +148,57 @@ def test_minutes_become_steps_by_the_measured_speed(tmp_path):
     assert [job.model for job in made.speed_jobs()] == ["a", "b"]  # five seconds: it was stopped before its time
     (folder / "metrics.csv").write_text(metrics([0.1], step_seconds=0.25, every=80))
     assert [job.model for job in made.speed_jobs()] == ["b"]
+    assert made.speed_jobs()[0].config["lr"] < 1e-9  # nothing diverges while it is measured
     config = made.final_jobs("a")[0].config
     # 60 s in steps of a quarter; warm-up and validations keep their share of what were 40 steps.
     assert (config["steps"], config["warmup"], config["eval_every"]) == (240, 24, 120)
+
+
+class Visits:
+    """A pool whose short runs make one step of twenty seconds a visit."""
+
+    def __init__(self, end):
+        self.visits, self.end = [], end
+
+    def run(self, title, jobs, done, *, alone=False):
+        for job in [job for job in jobs if not done(job)]:
+            if title == "speed":
+                self.visits.append(job.model)
+                self.end(job, self.visits.count(job.model))
+        return {}
+
+
+def _step(job, n):
+    job.path.mkdir(parents=True, exist_ok=True)
+    rows = "".join(f"{i},{20 * i},1.0,0.01\n" for i in range(1, n + 1))
+    (job.path / "metrics.csv").write_text(f"step,seconds,loss,lr\n{rows}")
+
+
+def test_a_first_step_that_takes_all_the_time_is_followed_by_a_second(tmp_path):
+    made = comparison(tmp_path / "c", plan(minutes=2.0))
+    pool = Visits(_step)
+    made.carry_out(pool)
+    assert pool.visits == ["a", "b", "a", "b"]
+    assert made.final_jobs("a")[0].config["steps"] == 6
+    made.carry_out(pool)
+    assert len(pool.visits) == 4
+
+
+def test_a_short_run_that_fails_is_not_tried_twice_in_one_call(tmp_path):
+    made = comparison(tmp_path / "c", plan(minutes=2.0))
+    pool = Visits(lambda job, n: None)
+    made.carry_out(pool)
+    assert pool.visits == ["a", "b"]
+
+
+def test_a_model_that_diverges_before_it_learns_is_reported_as_diverged(tmp_path):
+    made = comparison(tmp_path / "c", plan(seeds=(0,), minutes=2.0))
+    pool = Visits(lambda job, n: diverge(job, ()) if job.model == "a" else _step(job, n))
+    made.carry_out(pool)
+    (job,) = made.final_jobs("a")
+    assert job.config["steps"] == 40
+    diverge(job, ())
+    assert "a: 1 of 1 runs diverged; it has no figure" in "\n".join(collect(made).notes)
 
 
 def test_notes_say_what_was_not_equal(tmp_path):

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..._files import alone
 from ..._names import unknown
 from ..labelled import CARD, Labelled
 from ._workers import full_only
@@ -108,18 +109,23 @@ def prepare(
         full_only(profile)
     folder = root() / f"{name}-{profile}-{seed}"
     path = None if source is None else str(source.resolve())
-    if (folder / CARD).is_file():
-        data = Labelled.load(folder, verify=verify)
-        if path in (None, data.settings.get("path")):
-            return data
-    progress = progress or _silent
-    progress(0, 1)  # so that a caller knows that something is made
-    data = make(profile, seed=seed, source=source, workers=workers, progress=progress)
-    if path is not None:
-        data = replace(data, settings={**data.settings, "path": path})
-    _put(data, folder)
-    shutil.rmtree(parts(name, profile, seed), ignore_errors=True)
-    return Labelled.load(folder, verify=verify)
+    found = _there(folder, path, verify)
+    if found is not None:
+        return found
+    root().mkdir(parents=True, exist_ok=True)
+    # Several processes of one run want the set at the same time: the first one makes it.
+    with alone(root() / f".{folder.name}.lock"):
+        found = _there(folder, path, verify)
+        if found is not None:
+            return found
+        progress = progress or _silent
+        progress(0, 1)  # so that a caller knows that something is made
+        data = make(profile, seed=seed, source=source, workers=workers, progress=progress)
+        if path is not None:
+            data = replace(data, settings={**data.settings, "path": path})
+        _put(data, folder)
+        shutil.rmtree(parts(name, profile, seed), ignore_errors=True)
+        return Labelled.load(folder, verify=verify)
 
 
 def made() -> list[Path]:
@@ -143,6 +149,14 @@ def own(name: str, function: str) -> Callable[..., Any] | None:
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _there(folder: Path, path: str | None, verify: bool) -> Labelled | None:
+    """The set in a folder, unless it was made from another path than is asked for."""
+    if not (folder / CARD).is_file():
+        return None
+    data = Labelled.load(folder, verify=verify)
+    return data if path in (None, data.settings.get("path")) else None
 
 
 def _put(data: Labelled, folder: Path) -> None:

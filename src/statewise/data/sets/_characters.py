@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..labelled import Ragged
+from ..labelled import Labelled, Ragged, Split
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIALS = (PAD, UNKNOWN, END)
@@ -43,6 +44,24 @@ class Characters:
     def __len__(self) -> int:
         return len(self.symbols)
 
+    def labelled(
+        self, name: str, splits: Sequence[Split], classes: tuple[str, ...], settings: dict[str, Any]
+    ) -> Labelled:
+        """The set of training, validation and test rows made with this vocabulary."""
+        train, validation, test = splits
+        return Labelled(
+            name,
+            train,
+            validation,
+            test,
+            length=self.length,
+            n_classes=len(classes),
+            vocab_size=len(self),
+            symbols=self.symbols,
+            classes=classes,
+            settings=settings,
+        )
+
     def rows(self, texts: Iterable[str]) -> Ragged:
         """The first `length` - 1 characters of each text and the end, as token numbers."""
         dtype = np.uint8 if len(self) <= 256 else np.uint32
@@ -50,6 +69,12 @@ class Characters:
         table[[ord(c) for c in self.symbols[len(SPECIALS) :]]] = np.arange(len(SPECIALS), len(self))
         end = np.array([SPECIALS.index(END)], dtype)
         return Ragged.of([np.append(table[_codes(text, self.length - 1)], end) for text in texts], dtype)
+
+
+def text_of(data: bytes, length: int) -> str:
+    """UTF-8 as characters, of which `length` - 1 are used; what is beyond them need not be decoded."""
+    # A character has at most 4 bytes.
+    return data[: 4 * length].decode("utf-8", "replace")
 
 
 def _codes(text: str, length: int) -> np.ndarray:

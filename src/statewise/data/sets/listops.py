@@ -8,7 +8,7 @@ distribution.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,20 +242,29 @@ def _read(folder: Path, progress: Callable[[int, int], None]) -> Labelled:
     return _labelled(splits, PROFILES["full"].length, {"files": [path.name for path in paths]})
 
 
-def _read_file(path: Path) -> Split:
-    rows, labels = [], []
+def _lines(path: Path) -> Iterator[list[str]]:
+    """Cells of each line, so far as the file is text in lines of bounded length."""
     with open(path, encoding="utf-8", newline="") as file:
         lines = csv.reader(file, delimiter="\t")
-        if next(lines, None) != ["Source", "Target"]:
-            raise ValueError(f"{path}: want a first line with Source and Target")
-        for number, line in enumerate(lines, 2):
-            if len(line) != 2 or line[1] not in _IDS or not line[1].isdigit():
-                raise ValueError(f"{path}, line {number}: want an expression, a tab and a digit")
-            try:
-                rows.append(encode(line[0]))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            labels.append(int(line[1]))
+        try:
+            yield from lines
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}, after line {lines.line_num}: cannot be read: {error}") from error
+
+
+def _read_file(path: Path) -> Split:
+    rows, labels = [], []
+    lines = _lines(path)
+    if next(lines, None) != ["Source", "Target"]:
+        raise ValueError(f"{path}: want a first line with Source and Target")
+    for number, line in enumerate(lines, 2):
+        if len(line) != 2 or line[1] not in _IDS or not line[1].isdigit():
+            raise ValueError(f"{path}, line {number}: want an expression, a tab and a digit")
+        try:
+            rows.append(encode(line[0]))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        labels.append(int(line[1]))
     found, told = _values(Ragged.of(rows)), np.array(labels, np.int64)
     wrong = np.flatnonzero(found != told)
     if len(wrong):

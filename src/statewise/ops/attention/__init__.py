@@ -38,6 +38,7 @@ def attention(
     seg: Segments | None = None,
     causal: bool = True,
     window: int | None = None,
+    block: int | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, KVState | KVBuffer]:
@@ -51,21 +52,25 @@ def attention(
         seg: documents and padding. Invalid tokens are not attended, give zeros, and are not stored.
         causal: False attends to later tokens of the document as well; `state` must then be None.
         window: attend only to the last `window` valid tokens, the current one included; >= 1; None: to all.
+        block: with causal=False: attend only to the token's own block and to the two beside it, where each document is
+            cut into blocks of so many valid tokens; >= 1; None: to all.
         scale: factor on the scores; 1 / sqrt(P) if None.
         backend: "reference" or None. The kernels are torch's own on every device.
 
     Returns:
         y (B, L, H, P) in the dtype of v, and the state. Keys are stored in the dtype of the given state, or as they
         came in; the wider of the two dtypes is computed in. With a window, a growing state keeps window - 1 slots at
-        most. With causal=False the state holds the keys too, but serves nothing.
+        most. With causal=False the state holds the keys too, but serves nothing. With a window or blocks, memory grows
+        with L, not with its square.
 
     Raises:
         ValueError: shapes that do not fit; a `KVBuffer` that would have to drop a key that is still needed (under
             torch.compile that is a RuntimeError).
 
-    Source: Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023.
+    Source: Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023; blocks: Amos et al. 2023 (arXiv
+    2310.02980), appendix, for Path-X.
     """
-    _check(q, k, v, state, seg, causal, window)
+    _check(q, k, v, state, seg, causal, window, block)
     ordered = _deterministic.active()
     if ordered and (reason := numba_reason(q, k, v)):
         raise BackendError(f"{_OP}: inside statewise.deterministic() only a kernel on CPU serves: {reason}")
@@ -75,7 +80,7 @@ def attention(
     state = _empty(k) if state is None else state
     if seg is not None:
         q, k, v = seg.mask(q), seg.mask(k), seg.mask(v)
-    where = reference.layout(seg)
+    where = reference.layout(seg, block is not None)
     position = _advance(state.position, seg, length)
     q, k, v = (reference.reorder(t, where.order) for t in (q, k, v))
     line = reference.append(state, k, v)
@@ -86,28 +91,36 @@ def attention(
         return q.to(v.dtype), new
 
     held = state.k.shape[1]
-    plain = not ordered and held == 0 and seg is None and (window is None or _checks.known(window >= length))
-    seen, is_causal = None, False
-    if plain:
-        is_causal = causal
-    else:
-        cached = state.live if held else None
-        seen = reference.mask(length, cached, where, causal=causal, window=window, device=q.device)[:, None]
     # A cache that is kept more exactly than the inputs is not rounded on every call: that costs a copy of all of it.
     dtype, wide = v.dtype, torch.promote_types(v.dtype, state.k.dtype) if held else v.dtype
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if held:
         k, v = line if wide == state.k.dtype else reference.append(state, k, v, wide)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if ordered and seen is not None:
-        y = fixed.attend(q, k, v, seen, q.shape[-1] ** -0.5 if scale is None else scale)
-    else:
-        y = scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    sight = reference.Sight(causal, window, block)
+    masked = ordered or held > 0 or seg is not None or not reference.all_seen(sight, length)
+    parts = []
+    for queries, keys in reference.stretches(sight, held, length, seg is not None):
+        seen = None
+        if masked:
+            seen = reference.mask(sight, queries, keys, state.live if held else None, where, q.device)[:, None]
+        own = (q[:, :, slice(*queries)], k[:, :, slice(*keys)], v[:, :, slice(*keys)])
+        parts.append(_attend(*own, seen, causal and not masked, scale, ordered))
+    y = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
     y = y.transpose(1, 2).to(dtype)
     y = reference.restore(y, where.order)
     return (y if seg is None else seg.mask(y)), new
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, is_causal: bool, scale: float | None, ordered: bool
+) -> Tensor:
+    """Heads first: q (B, H, L, P), k and v (B, Hk, T, P), seen (B or 1, 1, L, T) or None."""
+    if ordered and seen is not None:
+        return fixed.attend(q, k, v, seen, q.shape[-1] ** -0.5 if scale is None else scale)
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> dict[str, str | None]:
@@ -135,21 +148,22 @@ def attention_matrix(
     seg: Segments | None = None,
     causal: bool = True,
     window: int | None = None,
+    block: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """The softmax weights (B, H, L, L): entry [t, s] is the weight of value s in output t. Rows of padding are zero.
 
     Arguments as in `attention`. Memory grows with L squared.
     """
-    _check(q, k, k, None, seg, causal, window)
+    _check(q, k, k, None, seg, causal, window, block)
     length = q.shape[1]
     dtype = _checks.compute_dtype(k)
     q, k = q.to(dtype), k.to(dtype)
     if seg is not None:
         q, k = seg.mask(q), seg.mask(k)
-    where = reference.layout(seg)
+    where = reference.layout(seg, block is not None)
     q, k = reference.reorder(q, where.order), reference.reorder(k, where.order)
-    seen = reference.mask(length, None, where, causal=causal, window=window, device=q.device)
+    seen = reference.mask(reference.Sight(causal, window, block), (0, length), (0, length), None, where, q.device)
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     score = torch.einsum("bthp,bshp->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     dense = score.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
@@ -217,6 +231,7 @@ def _check(
     seg: Segments | None,
     causal: bool,
     window: int | None,
+    block: int | None,
 ) -> None:
     sizes: dict[str, int] = {}
     _checks.shape(_OP, "q", q, ("B", "L", "H", "P"), sizes)
@@ -229,8 +244,11 @@ def _check(
             raise TypeError(f"{_OP}: {name}: want a real floating tensor, got {t.dtype}")
     _checks.same_kind(_OP, ("v", v), q=q, k=k)
     _checks.segments(_OP, seg, sizes["B"], sizes["L"], q.device)
-    if window is not None and window < 1:
-        raise ValueError(f"{_OP}: window: want at least 1 token, got {window}")
+    for name, size in (("window", window), ("block", block)):
+        if size is not None and size < 1:
+            raise ValueError(f"{_OP}: {name}: want at least 1 token, got {size}")
+    if causal and block is not None:
+        raise ValueError(f"{_OP}: block: want causal=False with it, or a window instead, got causal=True")
     if not causal and (state is not None or window is not None):
         raise ValueError(f"{_OP}: causal: want True with a state or a window, got False")
     if state is None:

@@ -10,7 +10,10 @@ from torch.nn.functional import pad
 
 from ...segments import Segments
 from ...state import exportable
-from .._checks import undecided
+from .._checks import known, undecided
+
+# Queries that are attended with at a time, at least, where not all keys are in sight.
+QUERIES = 256
 
 
 @exportable
@@ -47,21 +50,32 @@ class Layout(NamedTuple):
         filled: (B, 1) int64, valid tokens of each row, or None if all are.
         document: (B, L) int64 in that order, or None if every row is one document.
         valid: (B, L) bool in that order, or None.
+        rank: (B, L) int64 in that order, positions counted in valid tokens of the document; None if they are 0, 1, ...
+            in every row, or not wanted.
     """
 
     order: Tensor | None
     filled: Tensor | None
     document: Tensor | None
     valid: Tensor | None
+    rank: Tensor | None
 
 
-def layout(seg: Segments | None) -> Layout:
+def layout(seg: Segments | None, ranked: bool = False) -> Layout:
+    """
+    Args:
+        ranked: whether `rank` is wanted.
+    """
     if seg is None:
-        return Layout(None, None, None, None)
+        return Layout(None, None, None, None, None)
+    rank = ranks(seg.position.new_zeros(seg.shape[0]), seg)[0] if ranked and seg.shape[1] else None
     if seg.valid is None:
-        return Layout(None, None, seg.document, None)
+        return Layout(None, None, seg.document, None, rank)
     order = torch.argsort((~seg.valid).to(torch.uint8), dim=1, stable=True)
-    return Layout(order, seg.valid.sum(1, keepdim=True), seg.document.gather(1, order), seg.valid.gather(1, order))
+    rank = None if rank is None else rank.gather(1, order)
+    return Layout(
+        order, seg.valid.sum(1, keepdim=True), seg.document.gather(1, order), seg.valid.gather(1, order), rank
+    )
 
 
 def reorder(x: Tensor, order: Tensor | None) -> Tensor:
@@ -74,28 +88,90 @@ def restore(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else torch.zeros_like(x).scatter(1, order[:, :, None, None].expand_as(x), x)
 
 
+class Sight(NamedTuple):
+    """Which keys of its document a query sees; see `attention`."""
+
+    causal: bool
+    window: int | None
+    block: int | None
+
+
+Range = tuple[int, int]
+
+
+def _step(sight: Sight, length: int) -> int | None:
+    """Queries to attend with at a time; None for all. With blocks it is a whole number of them."""
+    if sight.window is not None:
+        step = max(sight.window // 4, QUERIES)  # the shorter it is, the fewer keys are looked at and masked
+    elif sight.block is not None:
+        step = -(-QUERIES // sight.block) * sight.block
+    else:
+        return None
+    # A program for many lengths takes all of them at once.
+    return None if undecided(length, step + 1) or length <= step else step
+
+
+def stretches(sight: Sight, held: int, length: int, packed: bool) -> list[tuple[Range, Range]]:
+    """Queries, and where the keys stand that they may see, among `held` cached ones and `length` new ones.
+
+    Where not all keys are in sight, no stretch is long, so memory grows with the length and not with its square.
+
+    Args:
+        packed: a document may begin anywhere in a row, and so may a block.
+    """
+    step = _step(sight, length)
+    if step is None:
+        return [((0, length), (0, held + length))]
+    if sight.block is None:
+        back, ahead = sight.window - 1, 0  # type: ignore[operator]
+    else:
+        back = ahead = 2 * sight.block - 1 if packed else sight.block
+    found = []
+    for lo in range(0, length, step):
+        hi = min(lo + step, length)
+        found.append(((lo, hi), (max(0, held + lo - back), min(held + length, held + hi + ahead))))
+    return found
+
+
+def all_seen(sight: Sight, length: int) -> bool:
+    """Whether queries see all keys of their stretch (or, if causal, all up to their own), one document a row."""
+    if sight.block is not None:
+        return _step(sight, length) == sight.block or known(length <= 2 * sight.block)
+    return sight.window is None or known(sight.window >= length)
+
+
 def mask(
-    length: int, cached: Tensor | None, where: Layout, *, causal: bool, window: int | None, device: torch.device
+    sight: Sight,
+    queries: Range,
+    keys: Range,
+    cached: Tensor | None,
+    where: Layout,
+    device: torch.device,
 ) -> Tensor:
-    """(B or 1, L, T + L) bool: True where a query may see a key.
+    """(B or 1, queries, keys) bool: True where a query may see a key. Keys are counted from the first cached one.
 
     A query always sees its own key: the rows of padding would otherwise be empty, and their softmax not a number.
     """
-    held = 0 if cached is None else cached.shape[1]
-    key = torch.arange(held + length, device=device)
-    query = torch.arange(held, held + length, device=device)[:, None]
-    seen = (key <= query if causal else torch.ones_like(key <= query))[None]
-    if window is not None:
-        seen = seen & (query - key < window)
+    held, (lo, hi), (first, last) = 0 if cached is None else cached.shape[1], queries, keys
+    key = torch.arange(first, last, device=device)
+    query = torch.arange(held + lo, held + hi, device=device)[:, None]
+    seen = (key <= query if sight.causal else torch.ones_like(key <= query))[None]
+    if sight.window is not None:
+        seen = seen & (query - key < sight.window)
+    if sight.block is not None:
+        rank = torch.arange(last, device=device)[None] if where.rank is None else where.rank
+        block = rank // sight.block
+        seen = seen & ((block[:, lo:hi, None] - block[:, None, first:last]).abs() <= 1)
     if where.document is not None:
         document = where.document
         before = document.new_zeros(document.shape[0], held)
-        seen = seen & (document[:, :, None] == torch.cat([before, document], 1)[:, None, :])
+        seen = seen & (document[:, lo:hi, None] == torch.cat([before, document], 1)[:, None, first:last])
     if held or where.valid is not None:
+        length = hi if where.valid is None else where.valid.shape[1]
         batch = (where.valid if cached is None else cached).shape[0]  # type: ignore[union-attr]
         parts = [] if cached is None else [cached]
         parts.append(torch.ones(batch, length, dtype=torch.bool, device=device) if where.valid is None else where.valid)
-        seen = seen & torch.cat(parts, 1)[:, None, :]
+        seen = seen & torch.cat(parts, 1)[:, None, first:last]
     return seen | (key == query)
 
 

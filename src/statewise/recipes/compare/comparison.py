@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...training.directory import RunDirectory, read_metrics
+from ...training.options import shares
 from .plan import SPEED_MINUTES, Job, Plan
 from .pool import Pool
 from .results import Fact, Facts, Run, Tuning, read_run, step_time, times, tune
@@ -50,17 +51,17 @@ class Comparison:
         own = dict(self.facts.models[label].options)
         if self.plan.minutes is None:
             return own
-        rows = read_metrics(RunDirectory(self.plan.speed(self.out, label).path).metrics)
-        took = step_time(times(rows)[1])
-        if took is None or rows[-1]["seconds"] < 0.9 * 60 * SPEED_MINUTES:  # not done, or stopped before its time
-            return None
-        options = self.plan.options[label]
-        steps = max(round(60 * self.plan.minutes / took), 1)
-        share = {
-            name: max(round(options[name] * steps / options["steps"]), least)
-            for name, least in (("warmup", 0), ("eval_every", 1), ("checkpoint_every", 1))
-        }
-        return own | {"steps": steps, **share}
+        options, speed = self.plan.options[label], self.plan.speed(self.out, label).path
+        if state_of(speed)[0] == DIVERGED:  # before any learning: its runs will too, and be counted
+            return own
+        took = self._step_seconds(speed)
+        return None if took is None else own | shares(options, max(round(60 * self.plan.minutes / took), 1))
+
+    def _step_seconds(self, speed: Path) -> float | None:
+        """The time of a step in a short run; None if it is not done, or was stopped before its time."""
+        rows = read_metrics(RunDirectory(speed).metrics)
+        done = rows and rows[-1]["seconds"] >= 0.9 * 60 * SPEED_MINUTES
+        return step_time(times(rows)[1]) if done else None
 
     def speed_jobs(self) -> list[Job]:
         """Short runs that tell how long a step takes; none where the budget is a number of steps."""
@@ -87,6 +88,10 @@ class Comparison:
             return []
         return [self.plan.final(self.out, label, seed, lr, **budget) for seed in self.plan.seeds]
 
+    def _begun(self, job: Job) -> bool:
+        """A short run has made a step, which its next visit goes on from."""
+        return self.budget(job.model) is not None or bool(read_metrics(RunDirectory(job.path).metrics))
+
     # ---- the work --------------------------------------------------------------------------------------------------
 
     def carry_out(self, pool: Pool) -> dict[str, str]:
@@ -96,7 +101,10 @@ class Comparison:
             Stopped: by a signal.
         """
         labels = list(self.plan.models)
-        failed = pool.run("speed", self.speed_jobs(), lambda job: self.budget(job.model) is not None, alone=True)
+        failed = pool.run("speed", self.speed_jobs(), self._begun, alone=True)
+        # Where the first step took all the time, or the run was stopped before, there is no second step to measure yet.
+        begun = [job for job in self.speed_jobs() if self._begun(job)]
+        failed |= pool.run("speed", begun, lambda job: self.budget(job.model) is not None, alone=True)
         failed |= pool.run("learning rates", [j for label in labels for j in self.tuning_jobs(label)], _ended)
         return failed | pool.run("runs", [j for label in labels for j in self.final_jobs(label)], _ended)
 

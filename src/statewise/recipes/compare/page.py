@@ -8,7 +8,7 @@ import yaml
 
 from .. import html
 from .plan import Plan
-from .report import Report
+from .report import Report, what_chose
 from .tables import difference_rows, model_rows, run_rows, tuning_rows
 
 
@@ -45,7 +45,7 @@ def page(report: Report, out: Path, picture: str) -> str:
         body += [html.heading("Differences, seed by seed"), html.table(*difference_rows(report))]
     if report.tunings:
         body += [html.heading("Learning rates"), html.table(*tuning_rows(report))]
-        body.append(html.text("The last validation; the chosen rate is marked with *.", "soft"))
+        body.append(html.text(f"The {what_chose(report.tunings)}; the chosen rate is marked with *.", "soft"))
     body += [html.heading("Runs"), html.table(*run_rows(report))]
     pages = [run.path / "report.html" for run in report.runs]
     links = [html.link(p.relative_to(out).as_posix(), p.parent.name) for p in pages if p.is_file()]

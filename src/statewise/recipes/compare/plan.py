@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ...training.directory import read_config
 
 TUNING_SEED = 1000  # far from the seeds that people choose, so that no reported run was tuned on
 SPEED_MINUTES = 0.25  # of training, to learn how long a step takes
+_NO_LR = 1e-12
 # What every model gets alike, whatever a recipe takes as the best for it.
 BUDGET = ("steps", "batch_size", "eval_every", "checkpoint_every", "log_every", "precision")
 CLOSE = 0.05  # parameter counts that differ by less count as equal
@@ -194,12 +195,15 @@ class Plan:
         ]  # fmt: skip
 
     def speed(self, out: Path, model: str, **changes: Any) -> Job:
-        """A short run for the time of a step. It has steps for ever and is ended by the clock, without validation."""
-        endless = {"steps": 10**9, "eval_every": 10**9, "checkpoint_every": 10**9, "log_every": 1}
+        """A short run for the time of a step. It has steps for ever and is ended by the clock, without validation.
+
+        It learns next to nothing: the time of a step is the same at any learning rate, and so no rate is too high.
+        """
+        endless = {"steps": 10**9, "eval_every": 10**9, "checkpoint_every": 10**9, "log_every": 1, "lr": _NO_LR}
         if "pretrain_steps" in self.options[model]:
             endless["pretrain_steps"] = 1
         config = self.config(model, self.tuning_seed, **changes, **endless, max_minutes=SPEED_MINUTES)
-        return Job("speed", model, self.tuning_seed, self.options[model]["lr"], out / "speed" / model, config)
+        return Job("speed", model, self.tuning_seed, _NO_LR, out / "speed" / model, config)
 
     # ---- the file --------------------------------------------------------------------------------------------------
 
@@ -246,8 +250,9 @@ class Plan:
         for name in ("recipe", "lrs", "tuning_seed", "minutes", "match"):
             if (here := getattr(self, name)) != (asked := getattr(other, name)):
                 raise ValueError(_another(out, name, here, asked))
-        together = equal_budget({**other.options, **self.options}, next(iter(self.models)))
-        asked_for = equal_budget({**self.options, **other.options}, next(iter(self.models)))
+        first = next(iter(self.models))
+        together = equal_budget({**other.options, **self.options}, first, self.given)
+        asked_for = equal_budget({**self.options, **other.options}, first, other.given)
         for label, spec in other.models.items():
             if self.models.get(label, spec) != spec:
                 raise ValueError(_another(out, f"model {label}", self.models[label], spec))
@@ -262,13 +267,21 @@ class Plan:
         return replace(self, models=models, seeds=seeds, options={label: together[label] for label in models})
 
 
-def equal_budget(options: Mapping[str, Mapping[str, Any]], first: str) -> dict[str, dict[str, Any]]:
-    """Options of all models with the budget of the first; a warm-up keeps its share of the steps."""
+def equal_budget(
+    options: Mapping[str, Mapping[str, Any]], first: str, given: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """Options of all models with the budget of the first; a warm-up keeps its share of the steps.
+
+    Args:
+        given: options as they were typed; a warm-up that is among them stays as it is.
+    """
     budget = {name: options[first][name] for name in BUDGET}
-    return {
-        label: {**own, **budget, "warmup": round(own["warmup"] * budget["steps"] / own["steps"])}
-        for label, own in options.items()
-    }
+    typed = any(word.partition("=")[0] == "--warmup" for word in given)
+
+    def warmup(own: Mapping[str, Any]) -> int:
+        return own["warmup"] if typed else round(own["warmup"] * budget["steps"] / own["steps"])
+
+    return {label: {**own, **budget, "warmup": warmup(own)} for label, own in options.items()}
 
 
 def _another(out: Path, name: str, here: Any, asked: Any) -> str:

@@ -56,6 +56,11 @@ def show(headline: str, value: float | None) -> str:
     return f"{value:.1%}" if _is_share(headline) else f"{value:.3f}"
 
 
+def what_chose(tunings: Sequence[Tuning]) -> str:
+    """Which validation of a run the learning rates were chosen by."""
+    return "best validation of each run" if any(t.by_best for t in tunings) else "last validation of each run"
+
+
 def collect(comparison: Comparison) -> Report:
     """Everything again from the run directories."""
     plan, facts = comparison.plan, comparison.facts
@@ -136,7 +141,7 @@ def _tuning_notes(plan: Plan, tunings: Sequence[Tuning]) -> list[str]:
     grid = ", ".join(f"{rate:g}" for rate in plan.lrs)
     notes = [
         f"Same tuning: the learning rates {grid}, each tried once for each model on seed {plan.tuning_seed}, which is "
-        f"none of the seeds reported; the last validation chose."
+        f"none of the seeds reported; the {what_chose(tunings)} chose."
     ]
     for tuning in tunings:
         if tuning.at_edge:

@@ -85,6 +85,9 @@ class Run:
     Args:
         final: the figure of the recipe's own report (of a test set, where there is one), or the last validation.
         best, last: validations; choosing the best step afterwards flatters, so tables are about `final`.
+        chosen: the validation of the weights that `final` is about: that of the step that the recipe chose by it, such
+            as the best one of a classifier, or the last.
+        by_best: the recipe chose a step.
         step_seconds: median time of a training step.
         training_seconds: of all steps, validations not counted.
         peak_memory_bytes: of the process; `memory_before_bytes` of these it held before the first step.
@@ -101,6 +104,8 @@ class Run:
     best: float | None = None
     best_step: int | None = None
     last: float | None = None
+    chosen: float | None = None
+    by_best: bool = False
     steps: int = 0
     step_seconds: float | None = None
     training_seconds: float = 0.0
@@ -156,6 +161,8 @@ def read_run(job: Job, headline: str, lower_is_better: bool) -> Run:
         results, machine = read_json(directory.results), read_json(directory.machine)
         figures = {
             "final": float(results[headline]) if headline in results else curve[-1].value,
+            "chosen": float(results[name]) if name in results else curve[-1].value,
+            "by_best": name in results,
             "peak_memory_bytes": machine.get("peak_memory_bytes"),
             "memory_before_bytes": machine.get("memory_before_bytes"),
             "threads": machine.get("threads"),
@@ -285,11 +292,17 @@ def difference(model: Summary, reference: Summary, lower_is_better: bool) -> Dif
 
 @dataclass(frozen=True)
 class Tuning:
-    """The learning rates that were tried for a model: (rate, last validation or None if it did not finish)."""
+    """The learning rates that were tried for a model.
+
+    Args:
+        tried: (rate, the validation of the weights that a run would report, or None if it did not finish).
+        by_best: that is the best validation of a run; else the last.
+    """
 
     model: str
     tried: Sequence[tuple[float, float | None]]
     chosen: float | None
+    by_best: bool = False
 
     @property
     def at_edge(self) -> bool:
@@ -299,10 +312,11 @@ class Tuning:
 
 
 def tune(model: str, runs: Sequence[Run], lower_is_better: bool) -> Tuning:
-    """Validation chooses: the last one, as in the runs that are reported. None is chosen before all have ended."""
-    tried = [(r.lr, r.last if r.status == FINISHED else None) for r in runs]
+    """Validation chooses: that of the weights that are reported. No rate is chosen before all runs have ended."""
+    tried = [(r.lr, r.chosen) for r in runs]
+    by_best = any(r.by_best for r in runs)
     good = [(value, rate) for rate, value in tried if value is not None and math.isfinite(value)]
     if any(r.status not in (FINISHED, DIVERGED) for r in runs) or not good:
-        return Tuning(model, tried, None)
+        return Tuning(model, tried, None, by_best)
     _, rate = min(good) if lower_is_better else max(good, key=lambda g: (g[0], -g[1]))
-    return Tuning(model, tried, rate)
+    return Tuning(model, tried, rate, by_best)

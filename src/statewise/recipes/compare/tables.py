@@ -78,7 +78,7 @@ def _difference(report: Report, d: Difference) -> list[str]:
 
 
 def tuning_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """A row for each model: the last validation for each learning rate; the chosen one is marked."""
+    """A row for each model: the validation that chose, for each learning rate; the chosen one is marked."""
     rows = []
     for tuning in report.tunings:
         cells = [
