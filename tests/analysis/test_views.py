@@ -100,9 +100,19 @@ def test_no_matrix_of_a_nonlinear_mixer():
 # ---- responses -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), [("s4d", {"d_state": 4, "init": "lin"}), ("s5", {"d_state": 4})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("s4d", {"d_state": 4, "init": "lin"}),
+        ("s5", {"d_state": 4}),
+        ("s4", {"d_state": 4}),
+        ("s4", {"d_state": 4, "rank": 3}),
+    ],
+)
 def test_transfer_function_is_the_transform_of_the_impulse_response(name, options):
     mixer = build(name, dt_min=0.5, dt_max=1.0, **options)
+    if name == "s4":  # let all of P count
+        nn.init.normal_(mixer.P)
     view = analysis.transfer_function(mixer, frequencies=65)
     taps = analysis.impulse_response(mixer, 4096).taps  # modes of exp(-0.25) or less per token: nothing is left
     assert view.exact
@@ -136,7 +146,7 @@ def test_reach_of_a_response():
 
 def test_responses_are_of_time_invariant_mixers():
     for view in (analysis.transfer_function, lambda m: analysis.impulse_response(m, 3)):
-        with pytest.raises(TypeError, match="Mamba is not time-invariant"):
+        with pytest.raises(TypeError, match="Mamba is not causal and time-invariant"):
             view(build("mamba"))
     with pytest.raises(ValueError, match="length: want at least 1 token, got 0"):
         analysis.impulse_response(build("s4d"), 0)
@@ -174,6 +184,18 @@ def test_spectrum_of_s4_is_that_of_hippo():
     assert view.unstable_share == 0
     # They are also those of the derivative of the state.
     assert_same_set(view.eigenvalues.flatten(), _linearised(mixer, draw(), samples=1)[0], "linearised")
+
+
+@pytest.mark.parametrize(
+    ("two", "one"), [("bidirectional_s4", "s4"), ("bidirectional_s4d", "s4d"), ("bidirectional_s5", "s5")]
+)
+def test_two_directions_have_the_spectrum_of_one(two, one):
+    both, alone = build(two, d_state=4), build(one, d_state=4)
+    own = {k: v for k, v in both.state_dict().items() if k in alone.dynamics}
+    alone.load_state_dict(own, strict=False)
+    view = analysis.spectrum(both)
+    assert view.source == "time-invariant"
+    assert torch.equal(view.eigenvalues, analysis.spectrum(alone).eigenvalues)
 
 
 class Mean(CausalMixer, HasImpulse):

@@ -123,11 +123,11 @@ def flat(state: State) -> Tensor:
 
 def _put(numbers: Tensor, like: State) -> State:
     """The inverse of `flat`."""
-    sizes = [t.numel() * (2 if t.is_complex() else 1) for _, t in states.leaves(like) if not _counts(t)]
+    sizes = [t.numel() * (2 if t.is_complex() else 1) for _, t in states.leaves(like) if not _whole_numbers(t)]
     pieces = iter(numbers.split(sizes))
 
     def put(t: Tensor) -> Tensor:
-        if _counts(t):
+        if _whole_numbers(t):
             return t
         piece = next(pieces)
         return torch.view_as_complex(piece.reshape(*t.shape, 2)) if t.is_complex() else piece.reshape(t.shape)
@@ -135,7 +135,7 @@ def _put(numbers: Tensor, like: State) -> State:
     return states.map_state(put, like)
 
 
-def _counts(t: Tensor) -> bool:
+def _whole_numbers(t: Tensor) -> bool:
     return not (t.is_floating_point() or t.is_complex())
 
 

@@ -62,10 +62,11 @@ class Spectrum:
 
 @torch.no_grad()
 def spectrum(mixer: nn.Module, x: Tensor | None = None, seg: Segments | None = None) -> Spectrum:
-    """The spectrum of any causal mixer with dynamics.
+    """The spectrum of any mixer with dynamics.
 
     Args:
-        mixer: a causal mixer. x: (B, L, D), a sample of its inputs; not needed for a time-invariant mixer.
+        mixer: a causal mixer, or a time-invariant one of two directions.
+        x: (B, L, D), a sample of its inputs; not needed for a time-invariant mixer.
         seg: documents and padding of x, which are left out of the sample.
 
     Raises:
@@ -73,10 +74,10 @@ def spectrum(mixer: nn.Module, x: Tensor | None = None, seg: Segments | None = N
         ValueError: no x where one is needed; a state too large to linearise.
     """
     what = type(mixer).__name__
-    if isinstance(mixer, HasImpulse) and (eigenvalues := modes(mixer)) is not None:
+    if (eigenvalues := modes(mixer)) is not None:
         return Spectrum(eigenvalues, "time-invariant", what)
     if not isinstance(mixer, CausalMixer):
-        raise TypeError(f"spectrum: mixer: want a causal mixer, which has a state, got {what}; look at its parts")
+        raise TypeError(f"spectrum: mixer: want a causal mixer, which has a state, got {what}; its parts may have")
     if x is None:
         known = "have no closed form that is known here" if isinstance(mixer, HasImpulse) else "depend on the input"
         raise ValueError(f"spectrum: x: the dynamics of {what} {known}; want a sample (B, L, D)")

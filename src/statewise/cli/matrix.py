@@ -102,6 +102,15 @@ def _only(what: str, look: Look, kind: Any, instead: str) -> None:
         raise UserError(f"--what {what}: {look.name} {instead}")
 
 
+def _time_invariant(what: str, look: Look) -> None:
+    from ..mixers.base import Causal, HasImpulse, HasMixing
+
+    view = "matrix" if isinstance(look.subject, HasMixing) else "influence"
+    if not isinstance(look.subject, Causal):
+        _only(what, look, HasImpulse, f"looks ahead, which a response to one input leaves out; --what {view} has both")
+    _only(what, look, HasImpulse, f"has no response that is the same for all inputs; --what {view} shows one input")
+
+
 def _matrix(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import mixing_matrices, plot_matrices
     from ..mixers.base import HasMixing
@@ -120,14 +129,14 @@ def _influence(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, An
     from ..analysis import plot_influence
 
     view = _gradients(look, heads)
-    return plot_influence(view) if draw else None, _reaches(view), _sides(view)
+    return plot_influence(view) if draw else None, _reaches(view), _read(look, view)
 
 
 def _memory(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import plot_memory
 
     view = _gradients(look, heads)
-    return plot_memory(view) if draw else None, _reaches(view), _sides(view)
+    return plot_memory(view) if draw else None, _reaches(view), _read(look, view)
 
 
 def _gradients(look: Look, heads: list[int] | None) -> Any:
@@ -143,15 +152,14 @@ def _reaches(view: Any) -> Any:
     return _table(view.what, ["share of the influence of the past", "lies within so many tokens"], rows)
 
 
-def _sides(view: Any) -> str:
-    return "looks ahead as well" if view.looks_ahead else ""
+def _read(look: Look, view: Any) -> str:
+    return f"{look.x.shape[1]} tokens" + (", looks ahead as well" if view.looks_ahead else "")
 
 
 def _impulse(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import impulse_response, plot_impulse
-    from ..mixers.base import HasImpulse
 
-    _only("impulse", look, HasImpulse, "is not time-invariant; --what matrix or memory shows what it does to an input")
+    _time_invariant("impulse", look)
     view = replace(impulse_response(look.subject, look.x.shape[1]), what=look.name)
     rows = [
         [label, _number(view.taps.abs().amax(-1).quantile(q)), _number(view.reach(0.5).double().quantile(q)),
@@ -159,14 +167,17 @@ def _impulse(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any,
         for label, q in (("low (10 %)", 0.1), ("median", 0.5), ("high (90 %)", 0.9))
     ]  # fmt: skip
     table = _table(look.name, ["channels", "largest tap", "half of the energy", "99 % of the energy"], rows)
-    return plot_impulse(view, heads) if draw else None, table, "energies in tokens"
+    return (
+        plot_impulse(view, heads) if draw else None,
+        table,
+        f"energies in tokens, of a response over {look.x.shape[1]}",
+    )
 
 
 def _transfer(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import plot_transfer, transfer_function
-    from ..mixers.base import HasImpulse
 
-    _only("transfer", look, HasImpulse, "is not time-invariant, so it has no transfer function")
+    _time_invariant("transfer", look)
     view = replace(transfer_function(look.subject), what=look.name)
     size = view.gain.abs()
     parts = [size[:, 0], size[:, size.shape[1] // 2], size[:, -1], size.amax(1)]
@@ -186,7 +197,8 @@ def _spectrum(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any
     try:
         view = replace(spectrum(look.subject, look.x, look.seg), what=look.name)
     except TypeError as error:
-        raise UserError(f"--what spectrum: {error}; --what memory works for all") from error
+        why = str(error).removeprefix("spectrum: mixer: ")
+        raise UserError(f"--what spectrum: {why}; --what memory works for all") from error
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     rows = [[f"{share:.0%}", _number(value)] for share, value in zip(shares, view.quantiles(shares))]
     table = _table(look.name, ["share of the state", "forgets to 1/e within tokens"], rows)
