@@ -174,8 +174,7 @@ def attention_matrix(
         # Back to the places where the tokens stood: rows, then columns.
         at = torch.argsort(where.order, 1)[:, None]
         dense = dense.gather(2, at[..., None].expand_as(dense)).gather(3, at[:, :, None].expand_as(dense))
-        assert seg is not None
-        assert seg.valid is not None
+    if seg is not None and seg.valid is not None:
         dense = dense.masked_fill(~(seg.valid[:, None, :, None] & seg.valid[:, None, None, :]), 0)
     return dense
 
