@@ -123,12 +123,11 @@ def test_threads_change_nothing():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_kernels_are_operators(backend):
-    for kind in ("complex", "real"):
-        leaves = [t.requires_grad_() for t in sample(2, 3, kind, (2,))]
-        operator = getattr(torch.ops.statewise, f"vandermonde_{backend}")
-        torch.library.opcheck(operator.default, (*leaves, 20))
-        given = (torch.randn(2, 2, 20), *(t.detach() for t in leaves), 20)
-        torch.library.opcheck(getattr(torch.ops.statewise, f"vandermonde_{backend}_backward").default, given)
+    leaves = [t.requires_grad_() for t in sample(2, 3, readouts=(2,))]
+    operator = getattr(torch.ops.statewise, f"vandermonde_{backend}")
+    torch.library.opcheck(operator.default, (*leaves, 20))
+    given = (torch.randn(2, 2, 20), *(t.detach() for t in leaves), 20)
+    torch.library.opcheck(getattr(torch.ops.statewise, f"vandermonde_{backend}_backward").default, given)
 
 
 def test_reasons():

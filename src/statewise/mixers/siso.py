@@ -112,7 +112,8 @@ class SISO(SequenceMixer, HasRate):
 
     def _shared(self, t: Tensor) -> Tensor:
         """From (..., n_ssm, N/2) to (..., D, N/2)."""
-        return t.repeat(*[1] * (t.ndim - 2), self.d_model // self.n_ssm, 1)
+        copies = self.d_model // self.n_ssm
+        return t if copies == 1 else t.repeat(*[1] * (t.ndim - 2), copies, 1)
 
     def continuous(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B (D, N/2), C (D, N/2) or (2, D, N/2), all complex, and dt (D, 1 or N/2), in time units of the input at

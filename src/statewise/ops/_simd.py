@@ -25,22 +25,24 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 
 LANES = 16
 
-_F32, _I32, _I16, _I1 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(1)
-_V, _VI, _VH, _VM = (ir.VectorType(t, LANES) for t in (_F32, _I32, _I16, _I1))
+_F32, _F64, _I32, _I16, _I1 = ir.FloatType(), ir.DoubleType(), ir.IntType(32), ir.IntType(16), ir.IntType(1)
+_V, _VD, _VI, _VH, _VM = (ir.VectorType(t, LANES) for t in (_F32, _F64, _I32, _I16, _I1))
 
 
 class _Lanes(types.Type):
-    def __init__(self) -> None:
-        super().__init__("f32x16")
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
 
 
-f32x16 = _Lanes()
+f32x16 = _Lanes("f32x16")
+# For the few numbers that float32 would spoil: twice the registers.
+f64x16 = _Lanes("f64x16")
 
 
 @register_model(_Lanes)
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Any) -> None:
-        super().__init__(dmm, fe_type, _V)
+        super().__init__(dmm, fe_type, _VD if fe_type is f64x16 else _V)
 
 
 def _constant(value: float) -> ir.Constant:
@@ -70,7 +72,7 @@ def _wide(builder: Any) -> None:
 
 
 def _as_vector(builder: Any, value: Any, typ: Any) -> Any:
-    return value if typ is f32x16 else _splat(builder, value)
+    return value if isinstance(typ, _Lanes) else _splat(builder, value)
 
 
 _PAIRS = [(f32x16, f32x16), (f32x16, types.float32), (types.float32, f32x16)]
@@ -78,7 +80,7 @@ _PAIRS = [(f32x16, f32x16), (f32x16, types.float32), (types.float32, f32x16)]
 
 def _operator(function: Any, emit: str) -> None:
     class Template(ConcreteTemplate):
-        cases = [signature(f32x16, *pair) for pair in _PAIRS]  # noqa: RUF012
+        cases = [signature(f32x16, *pair) for pair in _PAIRS] + [signature(f64x16, f64x16, f64x16)]
 
     infer_global(function)(Template)
 
@@ -86,7 +88,7 @@ def _operator(function: Any, emit: str) -> None:
         a, b = (_as_vector(builder, v, t) for v, t in zip(args, sig.args))
         return getattr(builder, emit)(a, b)
 
-    for pair in _PAIRS:
+    for pair in [*_PAIRS, (f64x16, f64x16)]:
         lower_builtin(function, *pair)(lower)
 
 
@@ -204,6 +206,38 @@ def _store(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.int64, f32x16), codegen
+
+
+@intrinsic
+def _load_wide(typingctx: Any, array: Any, offset: Any) -> Any:
+    if not isinstance(array, types.Array) or array.layout != "C" or array.dtype is not types.float64:
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _wide(builder)
+        return builder.load(_pointer(context, builder, sig.args[0], *args, _VD, 8), align=8)
+
+    return f64x16(array, types.int64), codegen
+
+
+@intrinsic
+def _store_wide(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
+    if not isinstance(array, types.Array) or array.layout != "C" or array.dtype is not types.float64:
+        return None
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[2], _pointer(context, builder, sig.args[0], *args[:2], _VD, 8), align=8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, f64x16), codegen
+
+
+@intrinsic
+def _narrow(typingctx: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fptrunc(args[0], _V)
+
+    return f32x16(f64x16), codegen
 
 
 @intrinsic
@@ -422,6 +456,9 @@ zeros: Any = _zeros  # () -> lanes of zeros
 fill: Any = _fill  # (scalar)
 load: Any = _load  # (array, offset)
 store: Any = _store  # (array, offset, lanes)
+load_wide: Any = _load_wide  # (array of float64, offset): sixteen float64, which know +, - and * among themselves
+store_wide: Any = _store_wide  # (array of float64, offset, wide lanes)
+narrow: Any = _narrow  # (wide lanes): rounded to float32
 load_part: Any = _load_part  # (array, offset, count): the first `count` lanes, zeros after them
 store_part: Any = _store_part  # (array, offset, count, lanes)
 address: Any = _address  # (array, offset) -> int

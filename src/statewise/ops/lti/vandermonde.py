@@ -68,12 +68,8 @@ def diagonal_kernel(
 
 def vandermonde(log_a: Tensor, coeff: Tensor, length: int, backend: str | None = None) -> Tensor:
     """Re(sum_n coeff_n a_n^l) for l < length: log_a (D, N), coeff (..., D, N) of one dtype -> (..., D, length)."""
-    chosen = resolve(_OP, reasons(log_a, coeff), backend)
-    if chosen == "reference":
-        return products(log_a, coeff, length)
-    readouts = coeff.flatten(0, -3) if coeff.ndim > 2 else coeff.unsqueeze(0)
-    kernels = {"numba": _numba, "triton": _triton}[chosen](log_a, readouts, length)
-    return kernels.view(*coeff.shape[:-1], length)
+    run = {"triton": _triton, "numba": _numba, "reference": products}
+    return run[resolve(_OP, reasons(log_a, coeff), backend)](log_a, coeff, length)
 
 
 def products(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
@@ -84,13 +80,17 @@ def products(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
     return (parts(left) @ dot_parts(right).mT).flatten(-2)[..., :length]
 
 
+def _fake(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
+    return coeff.new_empty((*coeff.shape[:-1], length), dtype=_checks.real_dtype(coeff.dtype))
+
+
 _numba, _triton = (
     recomputing(
         f"vandermonde_{backend}",
         "Tensor log_a, Tensor coeff, int length",
         1,
         f"statewise.ops.lti.vandermonde_{backend}",
-        lambda log_a, coeff, length: coeff.new_empty((*coeff.shape[:2], length), dtype=_checks.real_dtype(coeff.dtype)),
+        _fake,
         device=device,
     )
     for backend, device in (("numba", "CPU"), ("triton", TRITON))

@@ -16,18 +16,15 @@ import torch
 from torch import Tensor
 
 from .. import _numba as common
-from .._simd import LANES, fill, load, multiply_add, put, store, transpose, zeros
+from .._simd import LANES, fill, load, load_wide, multiply_add, narrow, put, store, store_wide, transpose, zeros
+from .modes import split
 
 _F = np.float32
 _GROUP = 2 * LANES
-# Bounds of Q, the positions of a chunk: a vector, and 16 kB of powers of 32 modes.
-_LEAST, _MOST = LANES, 64
+# What `_walk` works on: p of a group from 0 on, the factor z from here on; real parts, then imaginary parts.
+_FACTOR = _GROUP
 # exp of anything below this is zero, also in float64.
 _NOTHING = -2000.0
-
-
-# What `_walk` works on, for one group: p, then the factor z; real parts, then imaginary parts.
-_FACTOR = _GROUP
 
 
 @common.kernel
@@ -55,15 +52,15 @@ def _walk(walk, count, table, at, gap, stride):
 
     p goes on to p z^count.
     """
+    pr, pi = load_wide(walk, 0), load_wide(walk, LANES)
+    zr, zi = load_wide(walk, _FACTOR), load_wide(walk, _FACTOR + LANES)
     for _ in range(count):
-        for j in range(LANES):
-            pr, pi = walk[j], walk[LANES + j]
-            zr, zi = walk[_FACTOR + j], walk[_FACTOR + LANES + j]
-            table[at + j] = pr
-            table[at + gap + j] = pi
-            walk[j] = pr * zr - pi * zi
-            walk[LANES + j] = pr * zi + pi * zr
+        store(table, at, narrow(pr))
+        store(table, at + gap, narrow(pi))
+        pr, pi = pr * zr - pi * zi, pr * zi + pi * zr
         at += stride
+    store_wide(walk, 0, pr)
+    store_wide(walk, LANES, pi)
 
 
 @common.kernel
@@ -192,14 +189,14 @@ def _numbers(t: Tensor) -> np.ndarray:
 
 
 def _chunk(length: int) -> int:
-    """Q, a power of two near sqrt(length)."""
-    return min(_MOST, max(_LEAST, 1 << (max(length, 1).bit_length() + 1) // 2))
+    """Q: at least a vector, at most what keeps the powers of a group in the first-level cache."""
+    return min(max(split(length)[0], LANES), 128)
 
 
 def forward(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
-    """log_a (D, N), coeff (K, D, N): (K, D, length)."""
-    K, D, N = coeff.shape
-    out = common.empty(K, D, length)
+    """log_a (D, N), coeff (..., D, N): (..., D, length)."""
+    D, N = log_a.shape
+    K, out = math.prod(coeff.shape[:-2]), common.empty(*coeff.shape[:-1], length)
     common.run(
         _forward, D, _numbers(log_a), _numbers(coeff), K, D, N, _chunk(length), length, common.words(out),
         inline=K * D * N * length < 1 << 19,
@@ -209,8 +206,8 @@ def forward(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
 
 def backward(grad: Tensor, log_a: Tensor, coeff: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Gradients of log_a and coeff."""
-    K, D, N = coeff.shape
-    d_log, d_coeff = torch.zeros(D, N, dtype=torch.complex64), torch.empty(K, D, N, dtype=torch.complex64)
+    (D, N), K = log_a.shape, math.prod(coeff.shape[:-2])
+    d_log, d_coeff = torch.zeros(D, N, dtype=torch.complex64), torch.empty(coeff.shape, dtype=torch.complex64)
     common.run(
         _backward, D, common.words(grad), _numbers(log_a), _numbers(coeff), K, D, N, _chunk(length), length,
         _numbers(d_log), _numbers(d_coeff), inline=K * D * N * length < 1 << 18,

@@ -155,9 +155,9 @@ def _alternatives(op: str, t: Tensor, D: int, N: int) -> list[Config]:
 
 
 def forward(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
-    """log_a (D, N), coeff (K, D, N): (K, D, length)."""
-    (K, D, N), op = coeff.shape, "diagonal_kernel"
-    out = torch.empty(K, D, length, dtype=torch.float32, device=coeff.device)
+    """log_a (D, N), coeff (..., D, N): (..., D, length)."""
+    (D, N), K, op = log_a.shape, math.prod(coeff.shape[:-2]), "diagonal_kernel"
+    out = torch.empty(*coeff.shape[:-1], length, dtype=torch.float32, device=coeff.device)
     inputs = _plain(log_a), _plain(coeff)
 
     def launch(parameters: Config) -> Tensor:
@@ -170,7 +170,7 @@ def forward(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
 
 def backward(grad: Tensor, log_a: Tensor, coeff: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Gradients of log_a and coeff."""
-    (K, D, N), op = coeff.shape, "diagonal_kernel_backward"
+    (D, N), K, op = log_a.shape, math.prod(coeff.shape[:-2]), "diagonal_kernel_backward"
     if not grad.numel() or not coeff.numel():
         return torch.zeros_like(log_a), torch.zeros_like(coeff)
     inputs = grad.contiguous(), _plain(log_a), _plain(coeff)
@@ -179,7 +179,7 @@ def backward(grad: Tensor, log_a: Tensor, coeff: Tensor, length: int) -> tuple[T
         tiles = triton.cdiv(length, parameters["ROWS"] * parameters["WIDTH"])
         each = triton.cdiv(tiles, _STRETCHES)
         stretches = triton.cdiv(tiles, each)
-        d_log, d_coeff = log_a.new_empty(stretches, D, N), coeff.new_empty(stretches, K, D, N)
+        d_log, d_coeff = log_a.new_empty(stretches, D, N), coeff.new_empty(stretches, *coeff.shape)
         _backward[(D, triton.cdiv(N, parameters["MODES"]), stretches)](
             *inputs, _plain(d_log), _plain(d_coeff), K, D, N, length, each, COMPLEX=log_a.is_complex(), **parameters
         )
