@@ -487,6 +487,7 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capsys, arguments, message
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *arguments]) == 2
     assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "said before anything is measured"
 
 
 def test_help_is_readable(capsys):

@@ -77,10 +77,15 @@ def measure(device: str = "cpu", seconds: float = 0.4) -> Bounds:
         small = torch.rand(2**17 if on_cpu else 2**24, device=device)
         out = torch.empty_like(small)
         exp = rate(small.numel(), lambda: torch.exp(small, out=out))
-        size = 1024 if on_cpu else 8192
-        products = []
-        for dtype in (torch.float32, torch.bfloat16):
+
+        def product(dtype: torch.dtype, size: int) -> float:
             x, y = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
             z = torch.empty_like(x)
-            products.append(rate(2 * size**3, lambda x=x, y=y, z=z: torch.mm(x, y, out=z)))  # type: ignore[misc]
+            return rate(2 * size**3, lambda: torch.mm(x, y, out=z))
+
+        size, products = 1024 if on_cpu else 8192, []
+        for dtype in (torch.float32, torch.bfloat16):
+            # Without instructions for bfloat16 a large product takes seconds, and has the rate of a small one.
+            found = product(dtype, size // 8)
+            products.append(found if 2 * size**3 / found > seconds else product(dtype, size))
     return Bounds(stream, exp, *products)

@@ -53,6 +53,9 @@ def bench(
     path = directory / "results.json"
     if path.exists() and not resume:
         raise UserError(f"{path} is there; --resume goes on with it, or choose another --out")
+    cases = [case for name in chosen for case in _rows(name, device, wanted, quick) if runner.matches(case, only)]
+    if not cases:
+        raise UserError(f"--only: nothing in {' '.join(chosen)} matches {only!r}")
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
@@ -73,9 +76,6 @@ def bench(
             results = runner.Results(path, header, resume=resume)
         except runner.ResumeError as error:
             raise UserError(str(error)) from error
-        cases = [case for name in chosen for case in _rows(name, device, wanted, quick) if runner.matches(case, only)]
-        if not cases:
-            raise UserError(f"--only: nothing in {' '.join(chosen)} matches {only!r}")
         wrong = _run(console, cases, results, limits, settings)
     finally:
         torch.set_num_threads(before)
