@@ -17,7 +17,7 @@ V, D, B, L = 32, 16, 2, 13
 MAMBA2 = {"name": "mamba2", "d_state": 8, "head_dim": 8}
 # Compiling is dear, so mixers that do not disturb each other share a model.
 KINDS = {
-    "s4d": {"name": "s4d", "d_state": 8},
+    "s4": [{"name": "s4d", "d_state": 8}, {"name": "s4", "d_state": 8}],
     "s5": {"name": "s5", "d_state": 8},
     "hybrid": [MAMBA2, {"name": "attention", "n_heads": 2, "n_kv_heads": 1}],
     "window": [{"name": "mamba", "d_state": 4}, {"name": "attention", "n_heads": 2, "window": 5}],

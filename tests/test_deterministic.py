@@ -20,7 +20,7 @@ MAMBA2 = {"name": "mamba2", "d_state": 8, "head_dim": 8}
 KINDS = {
     "mamba": {"name": "mamba", "d_state": 4},
     "mamba2": MAMBA2,
-    "s4d": {"name": "s4d", "d_state": 8},
+    "s4": [{"name": "s4d", "d_state": 8}, {"name": "s4", "d_state": 8}],
     "s5": {"name": "s5", "d_state": 8},
     "attention": {"name": "attention", "n_heads": 2},
     "hybrid": [MAMBA2, {"name": "attention", "n_heads": 4, "n_kv_heads": 2}],
@@ -119,7 +119,7 @@ def threads():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "s4d", "s5", "hybrid"])
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "s4", "s5", "hybrid"])
 def test_gradients_from_run_to_run_and_for_any_number_of_threads(kind, threads):
     # Wide enough that every kernel splits its work.
     model, x = build(kind, width=128), tokens(2, 300)

@@ -32,6 +32,9 @@ def test_comparison_and_agreement():
     figure = plots.plot_comparison(transfer.compare(4, points=200))
     assert [len(axes.get_lines()) for axes in figure.axes] == [3, 2]
     assert png(figure).startswith(b"\x89PNG")
+    figure = plots.plot_robustness(transfer.compare(4, points=200), transfer.disturb(4))
+    assert [len(axes.get_lines()) for axes in figure.axes] == [3, 2, 4, 4]
+    assert png(figure).startswith(b"\x89PNG")
     over_n = [transfer.agreement(n) for n in (4, 8)]
     figure = plots.plot_agreement(over_n, [transfer.agreement(4, gamma) for gamma in (100.0, 1000.0)])
     assert [len(axes.get_lines()) for axes in figure.axes] == [2, 4]

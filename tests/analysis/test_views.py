@@ -10,7 +10,7 @@ from torch import nn
 
 from statewise import Segments, analysis, mixers
 from statewise.analysis.spectra import _linearised
-from statewise.mixers.base import CausalMixer
+from statewise.mixers.base import CausalMixer, HasImpulse
 from statewise.models.language import LanguageModel
 from statewise.testing import assert_agree
 
@@ -100,9 +100,19 @@ def test_no_matrix_of_a_nonlinear_mixer():
 # ---- responses -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), [("s4d", {"d_state": 4, "init": "lin"}), ("s5", {"d_state": 4})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("s4d", {"d_state": 4, "init": "lin"}),
+        ("s5", {"d_state": 4}),
+        ("s4", {"d_state": 4}),
+        ("s4", {"d_state": 4, "rank": 3}),
+    ],
+)
 def test_transfer_function_is_the_transform_of_the_impulse_response(name, options):
     mixer = build(name, dt_min=0.5, dt_max=1.0, **options)
+    if name == "s4":  # let all of P count
+        nn.init.normal_(mixer.P)
     view = analysis.transfer_function(mixer, frequencies=65)
     taps = analysis.impulse_response(mixer, 4096).taps  # modes of exp(-0.25) or less per token: nothing is left
     assert view.exact
@@ -136,7 +146,7 @@ def test_reach_of_a_response():
 
 def test_responses_are_of_time_invariant_mixers():
     for view in (analysis.transfer_function, lambda m: analysis.impulse_response(m, 3)):
-        with pytest.raises(TypeError, match="Mamba is not time-invariant"):
+        with pytest.raises(TypeError, match="Mamba is not causal and time-invariant"):
             view(build("mamba"))
     with pytest.raises(ValueError, match="length: want at least 1 token, got 0"):
         analysis.impulse_response(build("s4d"), 0)
@@ -153,6 +163,64 @@ def test_spectrum_of_time_invariant_mixers(name, options):
     assert_agree(view.continuous, log_a.reshape(view.eigenvalues.shape), "continuous")
     assert_agree(view.time_scales, -1 / log_a.real.reshape(view.eigenvalues.shape), "time scales")
     assert view.unstable_share == 0
+
+
+def assert_same_set(got, want, what):
+    """Eigenvalues without their order: each has a partner on the other side, up to rounding."""
+    distance = (got[:, None] - want).abs()
+    for nearest in (distance.min(0).values, distance.min(1).values):
+        assert_agree(nearest + 1, torch.ones_like(nearest), what)
+
+
+def test_spectrum_of_s4_is_that_of_hippo():
+    """LegS has the eigenvalues -1, -2, ..., -N, and the bilinear rule maps them as it maps the matrix."""
+    mixer = build("s4", d_state=4)
+    mixer.reset_dynamics()  # again, now in float64
+    view = analysis.spectrum(mixer)
+    assert (view.source, view.eigenvalues.shape) == ("time-invariant", (D, 4))
+    half = mixer.log_dt.detach().exp().unsqueeze(-1) * torch.arange(1, 5) / 2
+    for got, want in zip(view.eigenvalues, (1 - half) / (1 + half)):
+        assert_same_set(got, want, "eigenvalues")
+    assert view.unstable_share == 0
+    # They are also those of the derivative of the state.
+    assert_same_set(view.eigenvalues.flatten(), _linearised(mixer, draw(), samples=1)[0], "linearised")
+
+
+@pytest.mark.parametrize(
+    ("two", "one"), [("bidirectional_s4", "s4"), ("bidirectional_s4d", "s4d"), ("bidirectional_s5", "s5")]
+)
+def test_two_directions_have_the_spectrum_of_one(two, one):
+    both, alone = build(two, d_state=4), build(one, d_state=4)
+    own = {k: v for k, v in both.state_dict().items() if k in alone.dynamics}
+    alone.load_state_dict(own, strict=False)
+    view = analysis.spectrum(both)
+    assert view.source == "time-invariant"
+    assert torch.equal(view.eigenvalues, analysis.spectrum(alone).eigenvalues)
+
+
+class Mean(CausalMixer, HasImpulse):
+    """The mean of two neighbours: time-invariant, in a form that nothing here knows."""
+
+    def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32):
+        return torch.zeros(batch, D, dtype=dtype)
+
+    def _run(self, x, state, seg):
+        before = torch.cat([(x.new_zeros(len(x), D) if state is None else state).unsqueeze(1), x], 1)
+        return (before[:, 1:] + before[:, :-1]) / 2, before[:, -1]
+
+    def mixing(self, x, seg=None):
+        raise NotImplementedError
+
+    def impulse(self, length):
+        return torch.nn.functional.pad(torch.full((D, 2), 0.5), (0, length - 2))
+
+
+def test_a_time_invariant_mixer_of_no_known_form_is_linearised():
+    with pytest.raises(ValueError, match="the dynamics of Mean have no closed form that is known here; want a sample"):
+        analysis.spectrum(Mean())
+    view = analysis.spectrum(Mean(), draw())
+    assert view.source == "linearised"
+    assert (view.eigenvalues == 0).all()  # it forgets all but the last input at once
 
 
 def test_spectrum_of_a_selective_mixer_is_a_sample():
@@ -179,10 +247,7 @@ def test_linearised_dynamics_are_the_decays_of_a_linear_mixer(name, options):
     if decay.is_complex():  # numbers of state come as pairs of reals, and with them the conjugates
         decay = torch.cat([decay, decay.conj()], 1)
     for now, want in zip(got, decay.to(got.dtype)):
-        # Each eigenvalue has a partner; order is not defined.
-        distance = (now[:, None] - want).abs()
-        assert_agree(distance.min(0).values + 1, torch.ones(len(want)).double(), "eigenvalues")
-        assert_agree(distance.min(1).values + 1, torch.ones(len(now)).double(), "eigenvalues")
+        assert_same_set(now, want, "eigenvalues")
 
 
 def test_linearised_dynamics_of_a_nonlinear_mixer():
@@ -192,8 +257,7 @@ def test_linearised_dynamics_of_a_nonlinear_mixer():
     h = mixer(x)[0].detach()
     slope = torch.diag(1 - h[-1] ** 2) @ mixer.W.detach()
     want = torch.linalg.eigvals(slope)
-    distance = (view.eigenvalues[-1][:, None] - want).abs().min(0).values
-    assert_agree(distance + 1, torch.ones(D).double(), "eigenvalues")
+    assert_same_set(view.eigenvalues[-1], want, "eigenvalues")
 
 
 def test_what_has_no_spectrum_says_why():

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import statewise
 from statewise.cli import main
 from statewise.training.directory import RunDirectory, read_metrics
 
-SRC = Path(__file__).parents[2] / "src"
+# What this process imports, other processes import too, with the kernels that it has compiled.
+SRC = Path(statewise.__file__).parents[1]
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 100
 SMALL = [
     "--d-model",

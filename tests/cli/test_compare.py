@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import statewise
 from statewise.cli import main
 from statewise.training.directory import read_metrics
 
-SRC = Path(__file__).parents[2] / "src"
+# What this process imports, other processes import too, with the kernels that it has compiled.
+SRC = Path(statewise.__file__).parents[1]
 TINY = ["--d-model", "16", "--n-layer", "1", "--length", "12", "--n-pairs", "2", "--vocab-size", "16", "--warmup", "2"]
 RUN = ["--batch-size", "4", "--eval-every", "50", "--checkpoint-every", "10", "--accelerator", "cpu"]
 

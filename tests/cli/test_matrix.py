@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from statewise.cli import main
+from statewise.models.classification import SequenceClassifier
 from statewise.models.language import LanguageModel
 
 MIXER = '{"name": "mamba2", "d_state": 4, "head_dim": 8}'
@@ -18,6 +19,10 @@ def saved(tmp_path, monkeypatch):
     torch.manual_seed(0)
     parts = [{"name": "mamba2", "d_state": 4, "head_dim": 8}, {"name": "attention", "n_heads": 2}]
     LanguageModel(256, 16, 2, mixer=parts).save_pretrained("model")
+    SequenceClassifier(3, 8, 2, vocab_size=11, mixer={"name": "bidirectional_s4d", "d_state": 4}).save_pretrained(
+        "labels"
+    )
+    SequenceClassifier(3, 8, 1, channels=2, mixer={"name": "s4", "d_state": 4}).save_pretrained("values")
     LanguageModel(50, 16, 1, mixer=parts[0]).save_pretrained("other")
     return tmp_path
 
@@ -37,6 +42,15 @@ def saved(tmp_path, monkeypatch):
         (["model", "--what", "influence", "--tokens", "1,2,3,255"], ["lies within so many tokens"]),
         (["model", "--what", "spectrum", "--layer", "1"], ["normaliser quotients"]),
         (["other"], ["Mamba2, layer 0 of 1"]),
+        # Classifiers: their layers see what they see in the model, and the whole is looked at up to its pooling.
+        (["labels"], ["BidirectionalS4D, layer 0 of 2", "6 of 8 heads, 20 tokens"]),
+        (["labels", "--what", "memory"], ["SequenceClassifier, 2 layers", "looks ahead as well"]),
+        (["labels", "--what", "influence", "--tokens", "1,2,3,4"], ["SequenceClassifier, 2 layers"]),
+        (["values", "--what", "memory"], ["SequenceClassifier, 1 layer", "99%"]),
+        (["values", "--what", "spectrum"], ["S4, layer 0 of 1", "time-invariant, 32 values, 0.0 % above one"]),
+        (["labels", "--what", "spectrum"], ["BidirectionalS4D, layer 0 of 2", "time-invariant, 16 values"]),
+        (["values", "--what", "transfer"], ["gain at 0"]),
+        (["values", "--what", "state"], ["S4, layer 0 of 1", "20 tokens"]),
         ([MIXER, "--d-model", "8", "--what", "spectrum"], ["input-dependent", "forgets to 1/e"]),
         (["s4d", "--what", "impulse"], ["half of the energy", "energies in tokens"]),
         (["s5", "--what", "transfer", "--d-model", "8"], ["gain at 0"]),
@@ -77,13 +91,23 @@ def test_without_a_picture_there_is_the_table(saved, capsys):
         (["model", "--tokens", "1,2", "--text", "xy"], "want either a text or tokens, got both"),
         (["other", "--text", "hello"], "or a tokenizer.json beside it; got 50 tokens"),
         (["model", "--documents", "100,100"], "--documents: want lengths of at least 1 with a sum of at most 128"),
+        (["values", "--tokens", "1,2"], "--tokens: values does not read tokens"),
+        (["labels", "--tokens", "1,11"], "--tokens: want 0 to 10, got 11"),
+        (["labels", "--text", "hello"], "--text: labels does not read text"),
         (["model", "--documents", "10", "--what", "memory"], "give one with --layer to see its memory"),
-        (["s4d", "--text", "hello"], "--text: s4d does not read tokens"),
+        (["s4d", "--text", "hello"], "--text: s4d does not read text"),
         (["bidirectional"], "Bidirectional is not one matrix times one value; --what influence shows it by gradients"),
-        (["model", "--what", "impulse"], "Mamba2, layer 0 of 2 is not time-invariant; --what matrix or memory"),
-        (["model", "--what", "transfer"], "is not time-invariant, so it has no transfer function"),
+        (
+            ["model", "--what", "impulse"],
+            "Mamba2, layer 0 of 2 has no response that is the same for all inputs; --what matrix shows one input",
+        ),
+        (["lstm", "--what", "transfer"], "the same for all inputs; --what influence shows one input"),
+        (["bidirectional_s4d", "--what", "impulse"], "BidirectionalS4D looks ahead, which a response to one input"),
         (["bidirectional", "--what", "state"], "looks ahead, so it has no state; --what influence"),
-        (["bidirectional", "--what", "spectrum"], "--what memory works for all"),
+        (
+            ["bidirectional", "--what", "spectrum"],
+            "want a causal mixer, which has a state, got Bidirectional; its parts may have; --what memory works",
+        ),
         (["model", "--what", "memory", "--head", "1"], "--head: outputs are looked at as a whole"),
         (["model", "--what", "art"], "--what: want matrix|influence|impulse|transfer|spectrum|memory|state, got 'art'"),
         (["model", "--out", "m.jpg"], "--out: want a file name that ends in .png, got m.jpg"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from statewise import cli
-from statewise.maths import ptd
+from statewise.maths import ptd, transfer
 
 
 def test_it_reports_what_was_found(tmp_path, monkeypatch, capsys):
@@ -18,6 +18,8 @@ def test_it_reports_what_was_found(tmp_path, monkeypatch, capsys):
     assert f"{found.condition:.1f}" in out
     assert f"{found.relative:.2e}" in out
     assert f"{float(found.Lambda.real.max()):.3f}" in out
+    run = transfer.disturb(8, 100.0, 1)
+    assert f"{run.error('perturbed', True):.1%}, S4D-LegS {run.error('normal', True):.1%}" in out
     assert "kept in" in out
     assert len(list((tmp_path / "kept").iterdir())) == 1
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -57,7 +57,7 @@ def test_largest_frequency(n, largest):
 
 def test_it_does_not_depend_on_global_settings():
     want, _ = hippo.legs_diagonal(16)
-    hippo._legs_eigen.cache_clear()
+    hippo._eigen.cache_clear()
     torch.set_default_dtype(torch.float16)
     try:
         with torch.device("meta"):
@@ -158,6 +158,18 @@ def test_normal_plus_low_rank(family, rank):
     S = A + P.T @ P
     S = S - torch.diagonal(S).mean() * torch.eye(n, dtype=S.dtype)
     assert_agree(S.T, -S, "skew-symmetric", n)
+
+
+@pytest.mark.parametrize("family", RANKS)
+@pytest.mark.parametrize("n", [2, 64])
+def test_half_of_the_modes_rebuilds_the_normal_part(family, n):
+    Lambda, V = hippo.normal_diagonal(family, n)
+    A, P = hippo.system(family, n)[0], hippo.low_rank(family, n)
+    assert_agree(2 * (V * Lambda @ V.mH).real, A + P.T @ P, "2 Re(V Lambda V*)", n, at_least=A.abs().max())
+    assert_agree(V.mH @ V, torch.eye(n // 2, dtype=V.dtype), "V* V", n)
+    assert_agree(V.mT @ V, torch.zeros(n // 2, n // 2, dtype=V.dtype), "V^T V", n, at_least=1.0)
+    assert (Lambda.imag <= 0).all()
+    assert (Lambda.real == {"legs": -0.5, "legsd": -0.5, "foud": -0.5}.get(family, 0.0)).all()
 
 
 def test_every_family_has_a_rank_or_says_that_it_has_none():

@@ -99,3 +99,22 @@ def test_weak_and_strong():
     assert close.strong_perturbed < 0.3 * large.strong_perturbed
     assert close.weak_perturbed < 0.3 * large.weak_perturbed
     assert large.strong_perturbed < 0.2 * large.strong_normal
+
+
+def test_a_wave_at_the_spike_disturbs_the_normal_part_alone():
+    """In time: the mean of a slow signal, which a fast wave on top should not reach."""
+    n, height = 16, 0.1
+    run = transfer.disturb(n, amplitude=height)
+    assert_agree((run.noisy - run.signal).abs().max(), torch.tensor(height, dtype=F64), "wave", 1 << 20)
+    # LegS hardly sees the wave: its gain there is that of a mean.
+    size = run.quiet["exact"].norm()
+    assert (run.loud["exact"] - run.quiet["exact"]).norm() < 0.01 * size
+    # It moves PTD as little, and S4D-LegS by its transfer function: a wave of the height |G| times that of the input.
+    assert run.error("perturbed", noisy=True) < 1.05 * run.error("perturbed")
+    late = run.time > 2
+    moved = (run.loud["normal"] - run.quiet["normal"])[late]
+    first = torch.zeros(n, dtype=F64)
+    first[0] = 1
+    gain = transfer.transfer(*hippo.legsd(n), first, torch.tensor([run.omega], dtype=F64)).abs().item()
+    assert moved.abs().max().item() == pytest.approx(gain * height, rel=0.15)
+    assert run.error("normal", noisy=True) > 1.5 * run.error("normal")

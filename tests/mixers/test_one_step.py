@@ -12,7 +12,9 @@ from statewise.blocks import ResidualBlock
 from statewise.mixers import Mamba, Mamba2
 from statewise.mixers import one_step as module
 from statewise.mixers.layers import RMSNorm
+from statewise.models.language.stack import LanguageModel
 from statewise.ops import decode, use_backend
+from statewise.state import clone
 from statewise.testing import assert_agree, assert_no_worse
 
 CASES = {
@@ -195,11 +197,48 @@ def test_another_norm(taken):
     with torch.no_grad():
         for eps in (1e-5, 1.0):
             norm = RMSNorm(16, eps)
-            found = mixer.residual_step(x[:, None], state, None, norm)
+            found = module.one_step([(mixer, norm)], x[:, None], [state], None)
             assert found is not None
             y, _ = mixer.step(norm(x), state)
             assert_agree(found[0][:, 0], x + y, "x + mixer(norm(x))", 16)
-        assert mixer.residual_step(x[:, None], state, None, nn.LayerNorm(16)) is None
+        assert module.one_step([(mixer, nn.LayerNorm(16))], x[:, None], [state], None) is None
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_layers_of_a_model_in_one_call(mixer, dtype, taken):
+    torch.manual_seed(0)
+    spec = {"name": mixer, "d_state": 8} | ({"head_dim": 8} if mixer == "mamba2" else {})
+    model = LanguageModel(17, 16, 5, mixer=spec, residual_in_fp32=dtype is torch.float32).to(dtype).eval()
+    tokens = torch.randint(17, (3, 6))
+    with torch.no_grad():
+        _, state = model.extend(tokens[:, :5], model.init_state(3))
+        logits, after = model.step(tokens[:, 5], state)
+        assert [len(new) for _, new in taken] == [5]
+        x = model.embed(tokens[:, 5:])
+        for block, old, new in zip(model.blocks, state.layers, after.layers):
+            x, alone = block._run(x, old, None)
+            assert all(torch.equal(a, b) for a, b in zip(alone, new))
+        assert len(taken) == 6
+        assert torch.equal(model.head(model.norm_f(x))[:, 0], logits)
+
+
+def test_runs_of_like_layers_go_together(taken):
+    mixers = ["mamba2", "mamba2", "attention", "mamba2", "mamba", "mamba", "mamba"]
+    mixers = [{"name": m, **({"head_dim": 8} if m == "mamba2" else {})} for m in mixers]
+    model = LanguageModel(17, 16, 7, mixer=mixers).eval()
+    tokens = torch.randint(17, (2, 5))
+    with torch.no_grad():
+        _, state = model.extend(tokens[:, :4], model.init_state(2, capacity=5))
+        y, _ = model.step(tokens[:, 4], clone(state))
+        assert [len(new) for _, new in taken] == [2, 1, 3]
+        # A hook on a part: that run of layers goes one by one, and the layer with the hook part by part.
+        seen = []
+        model.layers[5].mixer.x_proj.register_forward_hook(lambda *_: seen.append(1))
+        taken.clear()
+        z, _ = model.step(tokens[:, 4], clone(state))
+    assert ([len(new) for _, new in taken], seen) == ([2, 1, 1, 1], [1])
+    assert_agree(z, y, "with a hook that only listens", 64)
 
 
 @pytest.mark.parametrize("part", ["conv", "ssm"])

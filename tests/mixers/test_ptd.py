@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from statewise import mixers
-from statewise.maths import discretize_dense, hippo, ptd
+from statewise.maths import discretize_dense, hippo, memory, ptd
 from statewise.mixers import S4D, S4PTD, S5, S5PTD, BidirectionalS5
+from statewise.testing import assert_agree
 
 F64 = torch.float64
 
@@ -73,6 +74,49 @@ def test_initial_b_of_s5ptd_is_a_real_matrix_in_the_modes():
     assert torch.equal(m.Lambda_im.detach(), found.Lambda.imag.repeat(4))
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_with_the_b_of_hippo_a_block_is_the_memory_of_one_mixture(blocks):
+    H, P, dt, length = 3, 8 * blocks, 0.02, 120
+    m = S5PTD(H, d_state=P, blocks=blocks, b_init="hippo", dt_min=dt, dt_max=dt, activation="none").double()
+    m.reset_dynamics()  # again, now in float64
+    found = ptd.perturb(8)
+    A, b = hippo.legs(8)
+    u = torch.randn(1, length, H, dtype=F64)
+    with torch.no_grad():
+        m.log_step.fill_(torch.tensor(dt, dtype=F64).log())
+        h = torch.cat([m.extend(u[:, :t], None)[1] for t in range(1, length + 1)])  # (length, P/2)
+        B = torch.view_as_complex(m.B)
+    mixtures = []
+    for modes, into in zip(h.chunk(blocks, 1), B.chunk(blocks, 0)):
+        real = 2 * (found.V @ into).real  # (8, H): the B of HiPPO times a row
+        mixture = real[0] / b[0]
+        assert_agree(real, b[:, None] * mixture, "B", 8)
+        want = memory.project(A + found.E, b, u[0] @ mixture, dt)
+        assert_agree(2 * (modes @ found.V.mT).real, want, "states", length)
+        mixtures.append(mixture)
+    assert blocks == 1 or not torch.equal(*mixtures)
+
+
+def test_with_the_b_of_hippo_s5_comes_near_to_the_memory():
+    """S5's own start, the normal part: the error of the slow states halves with every doubling of the size."""
+
+    def error(n: int) -> float:
+        m = S5(1, d_state=n, b_init="hippo", dt_min=1e-2, dt_max=1e-2, activation="none").double()
+        m.reset_dynamics()
+        with torch.no_grad():
+            m.log_step.fill_(torch.tensor(1e-2, dtype=F64).log())
+            u = torch.sin(torch.arange(300, dtype=F64) / 50).reshape(1, -1, 1)
+            last = m.extend(u, None)[1][0]
+        got = 2 * (hippo.legs_diagonal(n)[1] @ last).real
+        b = hippo.legs(n)[1]
+        mixture = 4 * (hippo.legs_diagonal(n)[1] @ torch.view_as_complex(m.B.detach()))[0, 0].real / b[0]
+        want = memory.project(*hippo.legs(n), u[0, :, 0] * mixture, 1e-2)[-1]
+        return ((got - want)[:4].norm() / want[:4].norm()).item()
+
+    errors = [error(n) for n in (8, 16, 32)]
+    assert errors[2] < 0.6 * errors[1] < 0.36 * errors[0]
+
+
 @pytest.mark.parametrize(("preset", "parent"), [(S4PTD, S4D), (S5PTD, S5)])
 def test_it_is_the_parent_but_for_the_start(preset, parent):
     count = lambda m: sum(p.numel() for p in m.parameters())  # noqa: E731
@@ -103,6 +147,7 @@ def test_both_directions():
     [
         (lambda: mixers.create("s4ptd", 4, init="lin"), TypeError, "unknown option of s4ptd 'init'"),
         (lambda: mixers.create("s5ptd", 4, gama=1.0), TypeError, "did you mean 'gamma'"),
+        (lambda: S5(4, b_init="hipo"), ValueError, "unknown b_init 'hipo'; did you mean 'hippo'"),
         (lambda: S5(4, init="lin"), ValueError, "unknown init 'lin'; known: legs, ptd"),
         (
             lambda: S4D(4, init={"name": "ptd", "sed": 1}),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -214,6 +218,38 @@ def test_cauchy_on_triton(products, modes, length):
 
 
 # ---- memory and errors ----------------------------------------------------------------------------------------------
+
+_MEMORY = """
+import re, sys, torch
+from statewise import mixers
+
+def peak(kind):
+    return 1024 * int(re.search(f"Vm{kind}:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+mixer = mixers.create(sys.argv[1], 32, activation="none", glu=False)
+for length in (256, *map(int, sys.argv[2:])):  # the first one compiles
+    x = torch.randn(1, length, 32)
+    open("/proc/self/clear_refs", "w").write("5")  # from here on the peak is that of the run
+    before = peak("RSS")
+    mixer(x).sum().backward()
+    if length > 256:
+        print(peak("HWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="resets the peak memory in /proc")
+@pytest.mark.parametrize("name", ["s4", "s4d"])
+def test_training_memory_is_linear_in_length_without_a_state_per_position(name):
+    """Kernel and convolution, forward and backward. A state of 32 complex modes in 32 channels is 8 kB."""
+    lengths = [1 << 15, 1 << 16, 1 << 17]
+    environment = os.environ | {"STATEWISE_KEEP_MB": "0", "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}  # nothing is kept
+    command = [sys.executable, "-c", _MEMORY, name, *map(str, lengths)]
+    peaks = [int(n) for n in subprocess.run(command, capture_output=True, check=True, env=environment).stdout.split()]
+    earlier, later = ((b - a) / (n - m) for a, b, m, n in zip(peaks, peaks[1:], lengths, lengths[1:]))
+    print(f"\n{name}: peak bytes per position: {earlier:.0f}, then {later:.0f}; a state is {32 * 32 * 8}")
+    assert later < 32 * 32 * 8
+    assert 0.7 < later / earlier < 1.4
 
 
 @pytest.mark.parametrize(("change", "error", "message"), [

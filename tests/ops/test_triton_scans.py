@@ -334,40 +334,6 @@ class TestShared:
 
 # ---- compiled, though not run: the interpreter takes what the compiler refuses ---------------------------------------
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-
-
-@pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Launches become compilations for an H100, for which no GPU is needed: {kernel: its PTX of the last launch}."""
-    pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-    from triton.runtime.jit import JITFunction
-
-    found: dict[str, str] = {}
-
-    def launch(self, *args, grid, warmup, **keywords):
-        given = dict(zip(self.arg_names, args)) | keywords
-        signature, constants, attributes = {}, {}, {}
-        for i, p in enumerate(self.params):
-            value = given.pop(p.name)
-            free = p.do_not_specialize
-            if p.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not free):
-                signature[p.name], constants[(i,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[p.name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
-            else:
-                signature[p.name] = "fp32" if isinstance(value, float) else "i32"
-                if value % 16 == 0 and not free:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=self, signature=signature, constexprs=constants, attrs=attributes)
-        found[self.__name__] = compile(source, target=GPUTarget("cuda", 90, 32), options=given).asm["ptx"]
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(JITFunction, "run", launch)
-    return found
-
 
 @pytest.mark.skipif(interpreted(), reason="compiling Triton kernels: TRITON_INTERPRET is set")
 class TestCompiled:
@@ -389,10 +355,9 @@ class TestCompiled:
         assert "shfl" not in compiled["_forward"]
 
     @pytest.mark.parametrize("full", [False, True])
-    def test_linear_scan(self, full, compiled, monkeypatch):
+    def test_linear_scan(self, full, compiled):
         from statewise.ops.linear_scan import triton as T
 
-        monkeypatch.setitem(_TYPES, torch.complex64, "*fp32")
         dtype = torch.complex64 if full else torch.bfloat16
         a, x = torch.ones(1, 256, 1 if full else 64, dtype=dtype), torch.ones(1, 256, 64, dtype=dtype)
         marks = torch.zeros(1, 256, dtype=torch.uint8) if full else None

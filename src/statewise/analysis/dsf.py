@@ -46,10 +46,12 @@ def to_dsf(mixer: nn.Module, x: Tensor, seg: Segments | None = None) -> System:
         TypeError: the mixer is not linear in its values, or looks ahead.
     """
     if not isinstance(mixer, HasMixing) or not isinstance(mixer, Causal):
-        why = "is not linear in its values" if isinstance(mixer, Causal) else "looks ahead"
+        why, instead = "looks ahead", "`analysis.memory` works for every mixer and model"
+        if isinstance(mixer, Causal):
+            why, instead = "is not linear in its values", "`analysis.linearise` has the system along one path"
         raise TypeError(
             f"to_dsf: mixer: want a causal mixer with a matrix (CausalMixer and HasMixing); {type(mixer).__name__} "
-            f"{why}. `analysis.memory` works for every mixer and model"
+            f"{why}. {instead}"
         )
     if seg is not None:
         x = seg.mask(x)

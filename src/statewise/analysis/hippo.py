@@ -1,4 +1,4 @@
-"""Pictures of HiPPO: the kernels of a memory beside its basis, and transfer functions of diagonal approximations."""
+"""Pictures of HiPPO: the kernels of a memory beside its basis, and what diagonal approximations do to a wave."""
 
 from __future__ import annotations
 
@@ -9,41 +9,30 @@ import torch
 from torch import Tensor
 
 from ..maths.bases import Basis
-from ..maths.transfer import Agreement, Comparison
+from ..maths.transfer import Agreement, Comparison, Disturbed
+from .plots import COLOURS, INK, _dress, _figure, _title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito: told apart by people of all kinds of colour vision.
-_EXACT, _NORMAL, _PERTURBED = "#000000", "#D55E00", "#0072B2"
-_COLOURS = (_PERTURBED, _NORMAL, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_INK, _PALE = "#333333", "#eeeeee"
+# Of HiPPO itself and of its two diagonal approximations.
+_EXACT, _NORMAL, _PERTURBED = COLOURS[6], COLOURS[1], COLOURS[0]
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # An own Figure, not pyplot: nothing global, no window, no change to the user's settings.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, color=_INK, fontsize=12, fontweight="bold")
+def _titled(width: float, height: float, title: str) -> Figure:
+    figure = _figure(width, height)
+    _title(figure, title)
     return figure
 
 
-def _dress(axes: Any, x: str, y: str) -> None:
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
-    axes.grid(color=_PALE)
-    axes.set_axisbelow(True)
+def _legend(axes: Any, x: str, y: str) -> None:
+    _dress(axes, x, y)
     axes.legend(frameon=False, fontsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def plot_kernels(A: Tensor, B: Tensor, basis: Basis, *, end: float = 3.0, shown: int = 5) -> Figure:
     """The first kernels exp(s A) B over the lag s, each with what it stands for, p(s) w(s), dashed."""
-    figure = _figure(8, 4.2, "Kernels of a memory (lines) and its weighted basis (dashed)")
+    figure = _titled(8, 4.2, "Kernels of a memory (lines) and its weighted basis (dashed)")
     axes = figure.add_subplot()
     lags = torch.linspace(0, end, 300, dtype=torch.float64)
     step = torch.linalg.matrix_exp(lags[1] * A)
@@ -53,41 +42,68 @@ def plot_kernels(A: Tensor, B: Tensor, basis: Basis, *, end: float = 3.0, shown:
         now = step @ now
     kernels, meant = torch.stack(values), basis.kernel(lags)
     for k in range(min(shown, len(B))):
-        colour = _COLOURS[k % len(_COLOURS)]
+        colour = COLOURS[k % len(COLOURS)]
         axes.plot(lags, kernels[:, k], color=colour, lw=1.6, label=f"state {k}")
         axes.plot(lags, meant[:, k], color=colour, lw=1.0, ls="--")
-    _dress(axes, "lag (units of time)", "weight of the input")
+    _legend(axes, "lag (units of time)", "weight of the input")
     return figure
+
+
+# Name in `Comparison` and `Disturbed`, name in a picture, colour, width: what lies below is wider.
+_THREE = (
+    ("exact", "HiPPO-LegS", _EXACT, 3.0),
+    ("normal", "S4D-LegS", _NORMAL, 1.3),
+    ("perturbed", "perturbed, then diagonalised", _PERTURBED, 1.3),
+)
 
 
 def plot_comparison(found: Comparison) -> Figure:
     """|G| over the frequency, of HiPPO-LegS, S4D-LegS and PTD, and how far the last two are from the first."""
-    figure = _figure(9.5, 4.2, "Transfer functions on the imaginary axis")
-    left, right = figure.subplots(1, 2)
-    omega = found.omega[1:]  # the axis is logarithmic
-    for name, values, colour in (
-        ("HiPPO-LegS", found.exact, _EXACT),
-        ("S4D-LegS", found.normal, _NORMAL),
-        ("perturbed, then diagonalised", found.perturbed, _PERTURBED),
-    ):
-        left.loglog(omega, values[1:].abs(), color=colour, lw=1.3, label=name)
-        if colour != _EXACT:
-            right.loglog(omega, (values - found.exact)[1:].abs(), color=colour, lw=1.3, label=name)
-    _dress(left, "frequency (radians per unit of time)", "|G|")
-    _dress(right, "frequency (radians per unit of time)", "difference to HiPPO-LegS")
+    figure = _titled(9.5, 4.2, "Transfer functions on the imaginary axis")
+    _gains(figure.subplots(1, 2), found)
     return figure
+
+
+def plot_robustness(found: Comparison, run: Disturbed) -> Figure:
+    """`plot_comparison`, and below it what the three read of a slow signal, without and with a wave at the spike."""
+    figure = _titled(9.5, 8.0, "A memory and its diagonal approximations, by frequency and in time")
+    above, below = figure.subplots(2, 2)
+    _gains(above, found)
+    wave = (run.noisy - run.signal).abs().max()
+    for axes, read, source, title in (
+        (below[0], run.quiet, run.signal, "a slow signal (grey), and its mean over the past as each reads it"),
+        (below[1], run.loud, run.noisy, f"the same with a wave of height {wave:.2g} at frequency {run.omega:.4g}"),
+    ):
+        axes.plot(run.time, source, color="#bbbbbb", lw=0.8)
+        for key, name, colour, width in _THREE:
+            axes.plot(run.time, read[key], color=colour, lw=width, label=name)
+        axes.set_title(title, fontsize=9, color=INK)
+        _legend(axes, "units of time", "value")
+    return figure
+
+
+def _gains(panels: Any, found: Comparison) -> None:
+    left, right = panels
+    omega = found.omega[1:]  # the axis is logarithmic
+    for key, name, colour, width in _THREE:
+        values = getattr(found, key)
+        left.loglog(omega, values[1:].abs(), color=colour, lw=width, label=name)
+        if key != "exact":
+            right.loglog(omega, (values - found.exact)[1:].abs(), color=colour, lw=width, label=name)
+    _legend(left, "frequency (radians per unit of time)", "|G|")
+    _legend(right, "frequency (radians per unit of time)", "difference to HiPPO-LegS")
 
 
 def plot_agreement(over_n: Sequence[Agreement], over_gamma: Sequence[Agreement]) -> Figure:
     """Weak and strong errors: of S4D-LegS over the size, and of PTD over gamma at one size."""
-    figure = _figure(9.5, 4.2, "Weak (one smooth input) and strong (worst input) agreement with HiPPO-LegS")
+    figure = _titled(9.5, 4.2, "Weak (one smooth input) and strong (worst input) agreement with HiPPO-LegS")
     left, right = figure.subplots(1, 2)
     sizes, gammas = [row.n for row in over_n], [row.gamma for row in over_gamma]
     left.loglog(sizes, [row.strong_normal for row in over_n], color=_NORMAL, marker="o", label="S4D-LegS, strong")
     left.loglog(sizes, [row.weak_normal for row in over_n], color=_NORMAL, marker="o", ls="--", label="S4D-LegS, weak")
     left.set_xticks(sizes, [str(n) for n in sizes])
     left.minorticks_off()
-    _dress(left, "state size", "relative error")
+    _legend(left, "state size", "relative error")
     right.loglog(
         gammas, [row.strong_perturbed for row in over_gamma], color=_PERTURBED, marker="o", label="PTD, strong"
     )
@@ -96,5 +112,5 @@ def plot_agreement(over_n: Sequence[Agreement], over_gamma: Sequence[Agreement])
     )
     right.axhline(over_gamma[0].strong_normal, color=_NORMAL, lw=1, label="S4D-LegS, strong")
     right.axhline(over_gamma[0].weak_normal, color=_NORMAL, lw=1, ls="--", label="S4D-LegS, weak")
-    _dress(right, f"gamma (state size {over_gamma[0].n})", "relative error")
+    _legend(right, f"gamma (state size {over_gamma[0].n})", "relative error")
     return figure

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..mixers.base import HasImpulse
+from ..mixers.s4 import S4
 from ..ops._precision import widen
-from .lti import diagonal_form
+from .lti import diagonal_form, low_rank_gain
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class TransferFunction:
 def _lti(function: str, mixer: object) -> HasImpulse:
     if not isinstance(mixer, HasImpulse):
         raise TypeError(
-            f"{function}: mixer: {type(mixer).__name__} is not time-invariant, so it has no impulse response; "
-            "`analysis.mixing_matrices` has its matrix on an input, `analysis.memory` its gradients"
+            f"{function}: mixer: {type(mixer).__name__} is not causal and time-invariant (HasImpulse): no one response "
+            "says it all. `analysis.mixing_matrices` has its matrix on an input, `analysis.memory` its gradients"
         )
     return mixer
 
@@ -69,8 +70,8 @@ def impulse_response(mixer: HasImpulse, length: int) -> ImpulseResponse:
 def transfer_function(mixer: HasImpulse, frequencies: int = 512, length: int = 4096) -> TransferFunction:
     """The gain of the linear core for waves exp(i omega t), with omega from 0 to pi.
 
-    From the diagonal form, C (1 - A exp(-i omega))^-1 B + D with no cut-off, if the mixer has one; otherwise the
-    Fourier transform of the first `length` taps of the impulse response.
+    C (1 - A exp(-i omega))^-1 B + D with no cut-off, if the mixer has a diagonal form or is S4; otherwise the Fourier
+    transform of the first `length` taps of the impulse response.
 
     Raises:
         TypeError: the mixer is not time-invariant.
@@ -79,6 +80,9 @@ def transfer_function(mixer: HasImpulse, frequencies: int = 512, length: int = 4
         raise ValueError(f"transfer_function: frequencies: want at least 2, got {frequencies}")
     mixer = _lti("transfer_function", mixer)
     form = diagonal_form(mixer)
+    if isinstance(mixer, S4):
+        omega = torch.linspace(0, torch.pi, frequencies, dtype=widen(mixer.D).dtype, device=mixer.D.device)
+        return TransferFunction(omega, low_rank_gain(mixer, omega), True, type(mixer).__name__)
     if form is None:
         taps = widen(mixer.impulse(length)).reshape(-1, length)
         omega = torch.linspace(0, torch.pi, frequencies, dtype=taps.dtype, device=taps.device)

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import state as states
 from ..mixers.base import CausalMixer, HasImpulse
 from ..segments import Segments
-from ..state import State
 from .dsf import QUOTIENTS, own_system
-from .lti import diagonal_form
-
-MAX_STATE = 2048  # numbers of a state whose matrix of derivatives is taken
+from .linearised import start, state_derivative
+from .lti import modes
 
 
 @dataclass(frozen=True)
@@ -65,10 +62,11 @@ class Spectrum:
 
 @torch.no_grad()
 def spectrum(mixer: nn.Module, x: Tensor | None = None, seg: Segments | None = None) -> Spectrum:
-    """The spectrum of any causal mixer with dynamics.
+    """The spectrum of any mixer with dynamics.
 
     Args:
-        mixer: a causal mixer. x: (B, L, D), a sample of its inputs; not needed for a time-invariant mixer.
+        mixer: a causal mixer, or a time-invariant one of two directions.
+        x: (B, L, D), a sample of its inputs; not needed for a time-invariant mixer.
         seg: documents and padding of x, which are left out of the sample.
 
     Raises:
@@ -76,13 +74,13 @@ def spectrum(mixer: nn.Module, x: Tensor | None = None, seg: Segments | None = N
         ValueError: no x where one is needed; a state too large to linearise.
     """
     what = type(mixer).__name__
-    if isinstance(mixer, HasImpulse) and (form := diagonal_form(mixer)) is not None:
-        modes = form.decay if form.decay.ndim > 1 else form.decay[None]
-        return Spectrum(modes, "time-invariant", what)
+    if (eigenvalues := modes(mixer)) is not None:
+        return Spectrum(eigenvalues, "time-invariant", what)
     if not isinstance(mixer, CausalMixer):
-        raise TypeError(f"spectrum: mixer: want a causal mixer, which has a state, got {what}; look at its parts")
+        raise TypeError(f"spectrum: mixer: want a causal mixer, which has a state, got {what}; its parts may have")
     if x is None:
-        raise ValueError(f"spectrum: x: the dynamics of {what} depend on the input; want a sample (B, L, D)")
+        known = "have no closed form that is known here" if isinstance(mixer, HasImpulse) else "depend on the input"
+        raise ValueError(f"spectrum: x: the dynamics of {what} {known}; want a sample (B, L, D)")
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"spectrum: x: want (B, L, D) with at least one token, got {tuple(x.shape)}")
     if (system := own_system(mixer, x, seg)) is not None:
@@ -102,48 +100,10 @@ def spectrum(mixer: nn.Module, x: Tensor | None = None, seg: Segments | None = N
 def _linearised(mixer: CausalMixer, x: Tensor, samples: int = 8) -> Tensor:
     """(positions, numbers of state): eigenvalues of d state_t / d state_{t-1} along the path that x makes."""
     x = x[:1]
-    start = mixer.init_state(1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
-    sizes = [t.numel() for _, t in states.leaves(start)]
-    for t in range(min(2, x.shape[1])):
-        start = mixer.extend(x[:, t : t + 1], start)[1]
-    if [t.numel() for _, t in states.leaves(start)] != sizes:
-        raise TypeError(
-            f"spectrum: mixer: the state of {type(mixer).__name__} keeps its inputs as they are and only grows, so "
-            "nothing in it decays; `analysis.memory` shows how far it looks back"
-        )
-    numbers = sum(t.numel() * (2 if t.is_complex() else 1) for _, t in states.leaves(start))
-    if numbers > MAX_STATE:
-        raise ValueError(
-            f"spectrum: mixer: {type(mixer).__name__} has {numbers} numbers of state; want at most {MAX_STATE} to take "
-            "all of their derivatives"
-        )
+    state, found = start(mixer, x, "spectrum"), []
     places = set(torch.linspace(0, x.shape[1] - 1, min(samples, x.shape[1])).long().tolist())
-    state, found = mixer.init_state(1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)), []
     for t in range(x.shape[1]):
         if t in places:
-            found.append(torch.linalg.eigvals(_derivative(mixer, x[:, t], state)))
+            found.append(torch.linalg.eigvals(state_derivative(mixer, x[:, t], state)))
         state = mixer.extend(x[:, t : t + 1], state)[1]
     return torch.stack(found)
-
-
-@torch.enable_grad()
-def _derivative(mixer: CausalMixer, x_t: Tensor, state: State) -> Tensor:
-    """d (next state) / d state, each flattened to its real numbers."""
-    parts = [t for _, t in states.leaves(state) if t.is_floating_point() or t.is_complex()]
-    sizes = [t.numel() * (2 if t.is_complex() else 1) for t in parts]
-
-    def flat(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([(torch.view_as_real(t) if t.is_complex() else t).flatten() for t in tensors])
-
-    def move(numbers: Tensor) -> Tensor:
-        pieces = iter(numbers.split(sizes))
-
-        def put(t: Tensor) -> Tensor:
-            if t.is_complex():
-                return torch.view_as_complex(next(pieces).reshape(*t.shape, 2))
-            return next(pieces).reshape(t.shape) if t.is_floating_point() else t
-
-        new = mixer.step(x_t, states.map_state(put, state))[1]
-        return flat([t for _, t in states.leaves(new) if t.is_floating_point() or t.is_complex()])
-
-    return torch.autograd.functional.jacobian(move, flat(parts).detach())

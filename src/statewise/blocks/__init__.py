@@ -13,10 +13,10 @@ from torch import nn
 from .._names import check_options, unknown
 from .mlp import MLP, GatedMLP
 from .moe import MoE
-from .residual import ResidualBlock
+from .residual import ResidualBlock, step_together
 from .sigmoid_moe import SigmoidMoE
 
-__all__ = ["MLP", "GatedMLP", "MoE", "ResidualBlock", "SigmoidMoE", "create", "names"]
+__all__ = ["MLP", "GatedMLP", "MoE", "ResidualBlock", "SigmoidMoE", "create", "names", "step_together"]
 
 # Registry name -> class.
 _PARTS: dict[str, type[nn.Module]] = {

@@ -59,8 +59,9 @@ class BatchNorm(nn.Module):
             return self._normed(x.flatten(0, 1)).view_as(x)
         if not self.training:
             return seg.mask(self._normed(x.flatten(0, 1)).view_as(x))
-        valid = seg.valid
-        return x.new_zeros(x.shape).masked_scatter(valid[..., None], self._normed(x[valid]).to(x.dtype))
+        rows, places = x.flatten(0, 1), seg.valid.flatten().nonzero().squeeze(1)
+        normed = self._normed(rows.index_select(0, places)).to(x.dtype)
+        return torch.zeros_like(rows).index_copy(0, places, normed).view_as(x)
 
 
 _NORMS: dict[str, type[nn.Module]] = {"layer": LayerNorm, "batch": BatchNorm, "rms": RMSNorm}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..mixers.base import Causal, CausalMixer
 from ..mixers.layers import RMSNorm
+from ..mixers.one_step import OneStep, one_step
 from ..segments import Segments
 from ..state import State
 
@@ -45,19 +48,42 @@ class ResidualBlock(Causal):
             return ()
         return self.mixer.init_state(batch, capacity=capacity, device=device, dtype=dtype)
 
+    def step_part(self) -> tuple[OneStep, nn.Module] | None:
+        """Mixer and norm, where x + mixer(norm(x)) is all that the mixer does here and there is a kernel for a step."""
+        if isinstance(self.mixer, OneStep) and self.norm is not None and self.scale == 1:
+            return self.mixer, self.norm
+        return None
+
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + (y if self.scale == 1 else y * self.scale).to(x.dtype)
 
     def _run(self, x: Tensor, state: State, seg: Segments | None) -> tuple[Tensor, State]:
-        if self.mixer is None or self.norm is None:
+        part = self.step_part()
+        if part is not None and (one := one_step([part], x, [state], seg)) is not None:
+            x, (state,) = one
+        elif self.mixer is None or self.norm is None:
             state = ()
         else:
-            one = self.mixer.residual_step(x, state, seg, self.norm) if self.scale == 1 else None
-            if one is not None:
-                x, state = one
-            else:
-                y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
-                x = self._add(x, y)
+            y, state = self.mixer._run(self.norm(x.to(self.norm.weight.dtype)), state, seg)
+            x = self._add(x, y)
         if self.mlp is not None and self.norm2 is not None:
             x = self._add(x, self.mlp(self.norm2(x.to(self.norm2.weight.dtype))))
         return x, state
+
+
+def step_together(
+    blocks: Sequence[ResidualBlock], x: Tensor, states: Sequence[State], seg: Segments | None
+) -> tuple[Tensor, list[State]] | None:
+    """The first few blocks at one position by one call: as `_run` of each in turn, as many as the new states.
+
+    None if they are not several of a kind that consist of a mixer alone, or no kernel serves.
+    """
+    if torch.compiler.is_compiling() or x.shape[1] != 1:
+        return None
+    parts: list[tuple[OneStep, nn.Module | None]] = []
+    for block in blocks:
+        part = None if block.mlp is not None else block.step_part()
+        if part is None or (parts and type(part[0]) is not type(parts[0][0])):
+            break
+        parts.append(part)
+    return one_step(parts, x, states[: len(parts)], seg) if len(parts) > 1 else None

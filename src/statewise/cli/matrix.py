@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any
 
-from .._names import unknown
 from .console import terminal
 from .errors import UserError, user_errors
+from .looking import Look, What, look_at, numbers
 from .options import Options
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..segments import Segments
-
-What = Literal["matrix", "influence", "impulse", "transfer", "spectrum", "memory", "state"]
-SAMPLE = "The river ran low that summer, and the boats that used to carry grain to the coast lay still in the mud. "
-MAX_RANDOM = 1_500_000_000  # parameters of a preset that is built with random weights, only to be looked at
 TABLE_ROWS = 12
-
-
-class Look(NamedTuple):
-    """What is looked at."""
-
-    subject: Any  # a mixer or a whole model
-    x: Tensor
-    seg: Segments | None
-    name: str
 
 
 def matrix(
@@ -58,7 +40,8 @@ def matrix(
             others 0
         head: heads or channels to show, with commas between; some of them if not given
         length: how many tokens to read; longer input is cut
-        text: what a language model reads; some English (for bytes) or random tokens if not given
+        text: what a language model reads; some English (for bytes) or random tokens if not given. Classifiers of
+            values and mixers by name get random values
         tokens: the same as token numbers with commas between
         documents: lengths of documents that lie side by side in the input, with commas between
         d_model: width of a mixer given by name
@@ -69,8 +52,8 @@ def matrix(
             raise ValueError(f"--length: want at least 2 tokens, got {length}")
         if out is not None:
             _check_out(out)
-        look = _look(model, what, layer, length, text, tokens, documents, d_model, seed)
-        figure, table, note = _VIEWS[what](look, _numbers("head", head), out is not None)
+        look = look_at(model, what, layer, length, text, tokens, documents, d_model, seed)
+        figure, table, note = _VIEWS[what](look, numbers("head", head), out is not None)
         if out is not None:
             from ..analysis import save
 
@@ -91,121 +74,6 @@ def _check_out(out: str) -> None:
         raise ValueError(f"--out: want a file name that ends in .png, got {out}")
     if not path.parent.is_dir():
         raise ValueError(f"--out: there is no directory {path.parent}")
-
-
-def _numbers(option: str, given: str | None) -> list[int] | None:
-    if given is None:
-        return None
-    try:
-        return [int(part) for part in given.split(",")]
-    except ValueError:
-        raise ValueError(f"--{option}: want whole numbers with commas between, got {given!r}") from None
-
-
-# ---- what is looked at -----------------------------------------------------------------------------------------------
-
-
-def _look(
-    name: str, what: What, layer: int | None, length: int, text: str | None, tokens: str | None,
-    documents: str | None, d_model: int, seed: int,
-) -> Look:  # fmt: skip
-    import torch
-
-    from ..analysis import mixer_input, sequence_mixers
-    from ..models.language._causal_lm import CausalLM
-
-    torch.manual_seed(seed)
-    model = _build(name, d_model).eval()
-    mixers = sequence_mixers(model)
-    if not mixers:
-        raise ValueError(f"{name}: {type(model).__name__} has no mixer to look at")
-    if layer is not None and not 0 <= layer < len(mixers):
-        raise ValueError(f"--layer: {name} has mixers 0 to {len(mixers) - 1}, got {layer}")
-    reads = isinstance(model, CausalLM)
-    if not reads and (text is not None or tokens is not None):
-        raise ValueError(f"--{'tokens' if text is None else 'text'}: {name} does not read tokens")
-    lengths = _numbers("documents", documents)
-    if reads:
-        given = _tokens(model, name, length, text, tokens)
-        seg = _segments(lengths, given.shape[1])
-        if layer is None and what in ("memory", "influence", "state"):
-            if seg is not None:
-                raise ValueError(f"--documents: is for a layer; give one with --layer to see its {what}")
-            return Look(model, given, None, f"{type(model).__name__}, {len(mixers)} layers")
-    at = layer or 0
-    mixer = mixers[at][1]
-    title = type(mixer).__name__ if mixer is model else f"{type(mixer).__name__}, layer {at} of {len(mixers)}"
-    if reads:
-        seen = mixer_input(model, mixer, given, seg)
-        return Look(mixer, seen.x, seen.seg, title)
-    weight = next(mixer.parameters())
-    x = torch.randn(1, length, getattr(mixer, "d_model", d_model), dtype=weight.dtype)
-    return Look(mixer, x, _segments(lengths, length), title)
-
-
-def _build(name: str, d_model: int) -> Any:
-    from .. import mixers
-    from ..inference import load_run
-    from ..models import create_model, list_models, parameter_count
-
-    if Path(name).exists():
-        return load_run(name)
-    if name in list_models():
-        count = parameter_count(name)
-        if count > MAX_RANDOM:
-            raise ValueError(
-                f"{name} has {count / 1e9:.1f} B parameters, too many to draw at random only to look at; give the "
-                "directory of a checkpoint, or a mixer"
-            )
-        return create_model(name)
-    if name.lstrip().startswith("{"):
-        try:
-            options = json.loads(name)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"MODEL: is not JSON: {error}") from error
-        if not isinstance(options.get("name"), str):
-            raise ValueError(f"MODEL: want a 'name' of a mixer in {name}")
-        return mixers.create(options.pop("name"), d_model, **options)
-    if name in mixers.names():
-        return mixers.create(name, d_model)
-    if "/" in name or Path(name).suffix:
-        raise ValueError(f"there is no run directory {name}")
-    raise ValueError(unknown("model", name, [*list_models(), *mixers.names()]))
-
-
-def _tokens(model: Any, name: str, length: int, text: str | None, tokens: str | None) -> Tensor:
-    import torch
-
-    from ..inference import tokenizer_for
-
-    size = model.vocab_size
-    if text is not None and tokens is not None:
-        raise ValueError("--tokens: want either a text or tokens, got both")
-    if tokens is not None:
-        ids = _numbers("tokens", tokens) or []
-        bad = [i for i in ids if not 0 <= i < size]
-        if bad:
-            raise ValueError(f"--tokens: want 0 to {size - 1}, got {bad[0]}")
-    elif text is not None:
-        ids = tokenizer_for(model, name).encode(text)
-    elif size == 256:
-        ids = list((SAMPLE * -(-length // len(SAMPLE))).encode())
-    else:
-        ids = torch.randint(size, (length,)).tolist()
-    if len(ids) < 2:
-        raise ValueError(f"--{'text' if tokens is None else 'tokens'}: want at least 2 tokens, got {len(ids)}")
-    return torch.tensor([ids[:length]])
-
-
-def _segments(lengths: list[int] | None, total: int) -> Segments | None:
-    from ..segments import Segments
-
-    if lengths is None:
-        return None
-    if min(lengths) < 1 or sum(lengths) > total:
-        raise ValueError(f"--documents: want lengths of at least 1 with a sum of at most {total}, got {lengths}")
-    rest = total - sum(lengths)
-    return Segments.pack([lengths + [rest] * (rest > 0)])
 
 
 # ---- the views: a figure (only if one is written), a table, and a line below it --------------------------------------
@@ -234,6 +102,15 @@ def _only(what: str, look: Look, kind: Any, instead: str) -> None:
         raise UserError(f"--what {what}: {look.name} {instead}")
 
 
+def _time_invariant(what: str, look: Look) -> None:
+    from ..mixers.base import Causal, HasImpulse, HasMixing
+
+    view = "matrix" if isinstance(look.subject, HasMixing) else "influence"
+    if not isinstance(look.subject, Causal):
+        _only(what, look, HasImpulse, f"looks ahead, which a response to one input leaves out; --what {view} has both")
+    _only(what, look, HasImpulse, f"has no response that is the same for all inputs; --what {view} shows one input")
+
+
 def _matrix(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import mixing_matrices, plot_matrices
     from ..mixers.base import HasMixing
@@ -252,14 +129,14 @@ def _influence(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, An
     from ..analysis import plot_influence
 
     view = _gradients(look, heads)
-    return plot_influence(view) if draw else None, _reaches(view), _sides(view)
+    return plot_influence(view) if draw else None, _reaches(view), _read(look, view)
 
 
 def _memory(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import plot_memory
 
     view = _gradients(look, heads)
-    return plot_memory(view) if draw else None, _reaches(view), _sides(view)
+    return plot_memory(view) if draw else None, _reaches(view), _read(look, view)
 
 
 def _gradients(look: Look, heads: list[int] | None) -> Any:
@@ -275,15 +152,14 @@ def _reaches(view: Any) -> Any:
     return _table(view.what, ["share of the influence of the past", "lies within so many tokens"], rows)
 
 
-def _sides(view: Any) -> str:
-    return "looks ahead as well" if view.looks_ahead else ""
+def _read(look: Look, view: Any) -> str:
+    return f"{look.x.shape[1]} tokens" + (", looks ahead as well" if view.looks_ahead else "")
 
 
 def _impulse(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import impulse_response, plot_impulse
-    from ..mixers.base import HasImpulse
 
-    _only("impulse", look, HasImpulse, "is not time-invariant; --what matrix or memory shows what it does to an input")
+    _time_invariant("impulse", look)
     view = replace(impulse_response(look.subject, look.x.shape[1]), what=look.name)
     rows = [
         [label, _number(view.taps.abs().amax(-1).quantile(q)), _number(view.reach(0.5).double().quantile(q)),
@@ -291,14 +167,17 @@ def _impulse(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any,
         for label, q in (("low (10 %)", 0.1), ("median", 0.5), ("high (90 %)", 0.9))
     ]  # fmt: skip
     table = _table(look.name, ["channels", "largest tap", "half of the energy", "99 % of the energy"], rows)
-    return plot_impulse(view, heads) if draw else None, table, "energies in tokens"
+    return (
+        plot_impulse(view, heads) if draw else None,
+        table,
+        f"energies in tokens, of a response over {look.x.shape[1]}",
+    )
 
 
 def _transfer(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
     from ..analysis import plot_transfer, transfer_function
-    from ..mixers.base import HasImpulse
 
-    _only("transfer", look, HasImpulse, "is not time-invariant, so it has no transfer function")
+    _time_invariant("transfer", look)
     view = replace(transfer_function(look.subject), what=look.name)
     size = view.gain.abs()
     parts = [size[:, 0], size[:, size.shape[1] // 2], size[:, -1], size.amax(1)]
@@ -318,7 +197,8 @@ def _spectrum(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any
     try:
         view = replace(spectrum(look.subject, look.x, look.seg), what=look.name)
     except TypeError as error:
-        raise UserError(f"--what spectrum: {error}; --what memory works for all") from error
+        why = str(error).removeprefix("spectrum: mixer: ")
+        raise UserError(f"--what spectrum: {why}; --what memory works for all") from error
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     rows = [[f"{share:.0%}", _number(value)] for share, value in zip(shares, view.quantiles(shares))]
     table = _table(look.name, ["share of the state", "forgets to 1/e within tokens"], rows)

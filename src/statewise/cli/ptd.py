@@ -17,12 +17,12 @@ def ptd(n: int = 64, gamma: float = 1000.0, seed: int = 0, plot: str | None = No
         n: state size, even; of one block for s5ptd
         gamma: price of the perturbation; larger is closer to HiPPO and worse conditioned
         seed: of the search
-        plot: PNG of the transfer functions, to be written there
+        plot: PNG to write: transfer functions, and what becomes of a slow signal with a wave at the spike of S4D-LegS
     """
     if plot is not None and Path(plot).suffix.lower() != ".png":
         raise UserError(f"--plot: want a file name that ends in .png, got {plot!r}")
     from ..maths import ptd as maths
-    from ..maths.transfer import compare
+    from ..maths.transfer import compare, disturb
 
     console = terminal()
     with user_errors(), console.status("Searching (large sizes take a while)"):
@@ -30,7 +30,7 @@ def ptd(n: int = 64, gamma: float = 1000.0, seed: int = 0, plot: str | None = No
             found = maths.perturb(n, gamma, seed)
         except RuntimeError as error:
             raise UserError(str(error)) from error
-    comparison = compare(n, gamma, seed)
+    comparison, run = compare(n, gamma, seed), disturb(n, gamma, seed)
     rows = [
         ("condition of the eigenvectors", f"{found.condition:.1f}"),
         ("size of the perturbation, relative", f"{found.relative:.2e}"),
@@ -42,15 +42,21 @@ def ptd(n: int = 64, gamma: float = 1000.0, seed: int = 0, plot: str | None = No
         ("largest |G| of HiPPO-LegS", f"{float(comparison.exact.abs().max()):.2e}"),
         ("largest deviation from it", f"{comparison.deviation('perturbed'):.2e}"),
         ("the same for S4D-LegS", f"{comparison.deviation('normal'):.2e}"),
+        ("error on a slow signal", f"{run.error('perturbed'):.1%}, S4D-LegS {run.error('normal'):.1%}"),
+        (
+            "with a wave of 10 % at the spike",
+            f"{run.error('perturbed', True):.1%}, S4D-LegS {run.error('normal', True):.1%}",
+        ),
         ("kept in", str(maths.folder())),
     ]
     for name, value in rows:
         console.print(f"{name:<36}{value}", highlight=False, soft_wrap=True)
     if plot is not None:
-        from ..analysis.hippo import plot_comparison
+        from ..analysis import save
+        from ..analysis.hippo import plot_robustness
 
         with user_errors():
-            plot_comparison(comparison).savefig(plot, dpi=130, metadata={"Software": "statewise"})
+            save(plot_robustness(comparison, run), plot)
         console.print(f"wrote {plot}", highlight=False, soft_wrap=True)
     return 0
 

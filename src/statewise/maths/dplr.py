@@ -11,20 +11,16 @@ Source: S4 (Gu et al., 2021), Theorem 1 and appendix C; How to Train Your HiPPO 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._names import unknown
-from .hippo import low_rank, system
+from .hippo import check_pairs, low_rank, normal_diagonal, system
 
 # Families with matrices for S4, and the rank of what makes them normal.
 DPLR_RANKS = {"legs": 1, "legt": 2, "fout": 1}
-# Smaller eigenvalues than this stand for zero: those of these families that are not zero are above 1/10.
-_ZERO = 1e-4
 
 
 class DPLR(NamedTuple):
@@ -54,29 +50,8 @@ def nplr(init: str, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if init not in DPLR_RANKS:
         raise ValueError(unknown("init", init, DPLR_RANKS))
-    if n < 2 or n % 2:
-        raise ValueError(f"n: want an even state size >= 2 (eigenvalues come in conjugate pairs), got {n}")
+    check_pairs(n)
     return *system(init, n), low_rank(init, n)
-
-
-@lru_cache(maxsize=64)
-def _eigen(init: str, n: int) -> tuple[np.ndarray, np.ndarray]:
-    A, _, P = (part.numpy() for part in nplr(init, n))
-    normal = A + P.T @ P
-    decay = normal.diagonal().mean()
-    w, V = np.linalg.eigh(-1j * (normal - decay * np.eye(n)))
-    half = n // 2
-    w, V = w[:half], V[:, :half]
-    if abs(w[-1]) < _ZERO:
-        # "fout" has one pair of zeros, for the constant and a mode that nothing reaches. Any basis of that plane is an
-        # eigenbasis; the kept vector and its conjugate have to span it.
-        w[-1] = 0
-        V[:, -1] = 0
-        V[:2, -1] = np.array([1, 1j]) / np.sqrt(2)
-    # An eigenvector is free up to a phase. Fixing it (first component that is not small real and positive) makes the
-    # numbers that depend on it, such as a clipped V* B, the same everywhere.
-    lead = V[np.argmax(np.abs(V) > 1e-3 / np.sqrt(n), axis=0), np.arange(half)]
-    return decay + 1j * w, V * (np.abs(lead) / lead)
 
 
 def diagonal_plus_low_rank(init: str, n: int, rank: int | None = None, *, b_clip: float | None = 2.0) -> DPLR:
@@ -94,10 +69,10 @@ def diagonal_plus_low_rank(init: str, n: int, rank: int | None = None, *, b_clip
     rank = len(P) if rank is None else rank
     if rank < len(P):
         raise ValueError(f"rank: init={init!r} needs {len(P)}, got {rank}")
-    Lambda, V = map(torch.from_numpy, _eigen(init, n))
+    Lambda, V = normal_diagonal(init, n)
     low = P.to(V.dtype) @ V.conj()
     low = torch.cat([low, low.new_zeros(rank - len(P), n // 2)])
     into = V.mH @ B.to(V.dtype)
     if b_clip is not None:
         into = torch.complex(into.real, into.imag.clamp(-b_clip, b_clip))
-    return DPLR(Lambda.clone(), low, into, V.clone())
+    return DPLR(Lambda, low, into, V)

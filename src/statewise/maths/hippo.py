@@ -1,4 +1,4 @@
-"""HiPPO: matrices of systems that remember their input, and the eigen-decomposition of the normal part of LegS.
+"""HiPPO: matrices of systems that remember their input, and the eigen-decomposition of their normal parts.
 
 x' = A x + B u holds coefficients of the past of u in some basis; which basis that is, and how to get the past back, is
 in `maths.bases`. All are time-invariant. (The memory of the whole past with equal weight divides those of LegS by
@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -145,24 +146,44 @@ def legsd(n: int) -> tuple[Tensor, Tensor]:
     return legs_normal(n), B / 2
 
 
-# Name -> (A, B) of state size n.
-FAMILIES: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
-    "legs": legs,
-    "legt": legt,
-    "lagt": lagt,
-    "fout": fout,
-    "lmu": lmu,
-    "legsd": legsd,
-    "foud": foud,
-    "fourier_decay": fourier_decay,
+def _legt_low_rank(n: int) -> Tensor:
+    # 1 + (-1)^(i - k) is 2 where i and k are both even or both odd, so each half has a rank-one part of its own.
+    B, even = legt(n)[1], torch.arange(n, device="cpu") % 2 == 0
+    return torch.stack([B * even, B * ~even]) * math.sqrt(2)
+
+
+def _nothing(n: int) -> Tensor:
+    return torch.zeros(0, n, dtype=torch.float64, device="cpu")
+
+
+class Family(NamedTuple):
+    """(A, B) of state size n, and the P of `low_rank`; None where there is none."""
+
+    system: Callable[[int], tuple[Tensor, Tensor]]
+    low_rank: Callable[[int], Tensor] | None
+
+
+FAMILIES: dict[str, Family] = {
+    "legs": Family(legs, lambda n: legs_low_rank(n).unsqueeze(0)),
+    "legt": Family(legt, _legt_low_rank),
+    "lagt": Family(lagt, lambda n: lagt(n)[1].unsqueeze(0) / math.sqrt(2)),
+    "fout": Family(fout, lambda n: fout(n)[1].unsqueeze(0)),
+    "lmu": Family(lmu, None),
+    "legsd": Family(legsd, _nothing),
+    "foud": Family(foud, _nothing),
+    "fourier_decay": Family(fourier_decay, lambda n: fourier_decay(n)[1].unsqueeze(0) * math.sqrt(2)),
 }
+
+
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(unknown("family", name, FAMILIES))
+    return FAMILIES[name]
 
 
 def system(family: str, n: int) -> tuple[Tensor, Tensor]:
     """A (n, n) and B (n,) of a family by name (see `FAMILIES`). Float64."""
-    if family not in FAMILIES:
-        raise ValueError(unknown("family", family, FAMILIES))
-    return FAMILIES[family](n)
+    return _family(family).system(n)
 
 
 def low_rank(family: str, n: int) -> Tensor:
@@ -173,20 +194,10 @@ def low_rank(family: str, n: int) -> Tensor:
     Raises:
         ValueError: an unknown family, or one without such a P ("lmu").
     """
-    A, B = system(family, n)
-    if family in ("legsd", "foud"):
-        return A.new_zeros(0, n)
-    if family == "legs":
-        return legs_low_rank(n).unsqueeze(0)
-    if family == "lagt":
-        return B.unsqueeze(0) / math.sqrt(2)
-    if family == "legt":
-        # 1 + (-1)^(i - k) is 2 where i and k are both even or both odd, so each half has a rank-one part of its own.
-        even = torch.arange(n, device="cpu") % 2 == 0
-        return torch.stack([B * even, B * ~even]) * math.sqrt(2)
-    if family in ("fout", "fourier_decay"):
-        return B.unsqueeze(0) * {"fout": 1.0, "fourier_decay": math.sqrt(2)}[family]
-    raise ValueError(f"family: {family!r} is no normal matrix plus one of low rank")
+    found = _family(family).low_rank
+    if found is None:
+        raise ValueError(f"family: {family!r} is no normal matrix plus one of low rank")
+    return found(n)
 
 
 def legs_low_rank(n: int) -> Tensor:
@@ -202,35 +213,56 @@ def legs_normal(n: int) -> Tensor:
     return A + P[:, None] * P[None]
 
 
+# Smaller eigenvalues than this stand for zero: those of the families that are not zero are above 1/10.
+_ZERO = 1e-4
+
+
 @lru_cache(maxsize=64)
-def _legs_eigen(n: int) -> tuple[np.ndarray, np.ndarray]:
-    k = np.arange(n, dtype=np.float64)
-    root = np.sqrt(k + 0.5)
-    skew = np.tril(np.outer(root, root), -1)
-    skew = skew.T - skew
-    w, V = np.linalg.eigh(-1j * skew)
-    # An eigenvector is free up to a phase. Fixing it (first component real and positive) makes the numbers that
-    # depend on it, such as a clipped V* B, the same everywhere.
-    V = V * (np.abs(V[0]) / V[0])
-    return w, V
+def _eigen(family: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    A, P = system(family, n)[0].numpy(), low_rank(family, n).numpy()
+    normal = A + P.T @ P
+    # Exactly skew-symmetric, from the upper half: that of LegS is a plain product, A being zero there.
+    upper = np.triu(normal, 1)
+    w, V = np.linalg.eigh(-1j * (upper - upper.T))
+    half = n // 2
+    w, V = w[:half], V[:, :half]
+    if abs(w[-1]) < _ZERO:
+        # A Fourier basis has one pair of zeros, for the constant and a mode that nothing reaches. Any basis of that
+        # plane is an eigenbasis; the kept vector and its conjugate have to span it.
+        w[-1] = 0
+        V[:, -1] = 0
+        V[:2, -1] = np.array([1, 1j]) / np.sqrt(2)
+    # An eigenvector is free up to a phase. Fixing it (first component that is not small real and positive) makes the
+    # numbers that depend on it, such as a clipped V* B, the same everywhere.
+    lead = V[np.argmax(np.abs(V) > 1e-3 / np.sqrt(n), axis=0), np.arange(half)]
+    decay = round(2 * normal.diagonal().mean()) / 2  # all families have 0 or -1/2, which rounding may miss
+    return decay + 1j * w, V * (np.abs(lead) / lead)
+
+
+def check_pairs(n: int) -> None:
+    """Raise ValueError for a state size that is no number of conjugate pairs."""
+    if n < 2 or n % 2:
+        raise ValueError(f"n: want an even state size >= 2 (eigenvalues come in conjugate pairs), got {n}")
+
+
+def normal_diagonal(family: str, n: int) -> tuple[Tensor, Tensor]:
+    """Half of the eigen-decomposition of the normal part A + P^T P of a family, the other half being its conjugate.
+
+    Args:
+        family: one that `low_rank` knows. n: full state size, even.
+
+    Returns:
+        Lambda (n/2,) complex128: decay + i w with w <= 0, ascending in w; the decay is 0 or -1/2.
+        V (n, n/2) complex128: orthonormal eigenvectors. The normal part is 2 Re(V diag(Lambda) V^*).
+    """
+    check_pairs(n)
+    Lambda, V = _eigen(family, n)
+    return torch.from_numpy(Lambda.copy()), torch.from_numpy(V.copy())
 
 
 def legs_diagonal(n: int) -> tuple[Tensor, Tensor]:
-    """Half of the eigen-decomposition of the normal part of HiPPO-LegS, the other half being its conjugate.
-
-    Args:
-        n: full state size, even.
-
-    Returns:
-        Lambda (n/2,) complex128: -1/2 + i w with w < 0, ascending in w.
-        V (n, n/2) complex128: orthonormal eigenvectors. The normal part is 2 Re(V diag(Lambda) V^*).
-    """
-    _check_size(n)
-    if n % 2:
-        raise ValueError(f"n: eigenvalues come in conjugate pairs only for an even state size, got {n}")
-    w, V = _legs_eigen(n)
-    half = n // 2
-    return torch.from_numpy(-0.5 + 1j * w[:half]), torch.from_numpy(V[:, :half].copy())
+    """`normal_diagonal` of LegS: -1/2 + i w with w < 0."""
+    return normal_diagonal("legs", n)
 
 
 def legs_block_diagonal(n: int, blocks: int = 1) -> tuple[Tensor, Tensor, Tensor]:

@@ -96,6 +96,17 @@ def block_init(init: str | Mapping[str, Any], d_state: int, blocks: int = 1) -> 
     return part.Lambda.repeat(blocks), V, V_inv
 
 
+def block_input(init: str | Mapping[str, Any], d_state: int, blocks: int = 1) -> Tensor:
+    """HiPPO-LegS's own B in the modes of `block_init`: with it each block is the memory of one signal.
+
+    Returns:
+        (P/2,) complex128 on the CPU. For "legs" half of B, since that is what brings the normal part near to LegS.
+    """
+    _, _, V_inv = block_init(init, d_state, blocks)
+    B = legs(d_state // blocks)[1].repeat(blocks)
+    return V_inv @ (B if _parse(init, BLOCK_INITS)[0] == "ptd" else B / 2).to(V_inv.dtype)
+
+
 def diagonal_init(
     init: str | Mapping[str, Any],
     copies: int,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import hippo
+from .discretize_dense import zoh
 from .ptd import perturb
 
 # Frequencies solved at once: bounds the memory.
@@ -124,3 +125,50 @@ def agreement(n: int, gamma: float = 1000.0, seed: int = 0) -> Agreement:
         error for which in ("normal", "perturbed") for error in (found.pulse_error(which), found.deviation(which) / top)
     ]
     return Agreement(n, gamma, *errors)
+
+
+class Disturbed(NamedTuple):
+    """A slow signal without and with a fast wave on top, as three memories read it. All are (T,)."""
+
+    time: Tensor
+    omega: float  # of the wave, radians per unit of time
+    signal: Tensor
+    noisy: Tensor
+    quiet: dict[str, Tensor]  # what is read of the signal by "exact", "normal" and "perturbed" (see `Comparison`)
+    loud: dict[str, Tensor]  # what is read of the noisy signal
+
+    def error(self, which: str, noisy: bool = False) -> float:
+        """Root mean square of the difference to LegS on the same input, relative to what LegS reads of the signal."""
+        found, exact = (self.loud if noisy else self.quiet)[which], (self.loud if noisy else self.quiet)["exact"]
+        return float((found - exact).norm() / self.quiet["exact"].norm())
+
+
+def disturb(n: int, gamma: float = 1000.0, seed: int = 0, *, amplitude: float = 0.1, end: float = 4.0) -> Disturbed:
+    """Let LegS, S4D-LegS and PTD read sin(2 t) + cos(5 t) / 2, without and with a wave at the frequency of the spike.
+
+    The read-out is that of one state, the weighted mean of the past, which a fast wave hardly moves. The systems are
+    run as full matrices, with 32 samples in a period of the wave.
+
+    Args:
+        amplitude: of the wave. end: units of time to read.
+    """
+    A, B = hippo.legs(n)
+    omega = float(-hippo.legs_diagonal(n)[0].imag[0])
+    dt = 2 * math.pi / omega / 32
+    time = dt * torch.arange(1, math.ceil(end / dt) + 1, dtype=torch.float64, device="cpu")
+    signal = torch.sin(2 * time) + torch.cos(5 * time) / 2
+    noisy = signal + amplitude * torch.sin(omega * time)
+    systems = {"exact": (A, B), "normal": hippo.legsd(n), "perturbed": (A + perturb(n, gamma, seed).E, B)}
+    read = {name: _first_state(*system, torch.stack([signal, noisy]), dt) for name, system in systems.items()}
+    quiet, loud = ({name: both[i] for name, both in read.items()} for i in (0, 1))
+    return Disturbed(time, omega, signal, noisy, quiet, loud)
+
+
+def _first_state(A: Tensor, B: Tensor, u: Tensor, dt: float) -> Tensor:
+    """State 0 of x' = A x + B u at the end of each step, as a convolution: u (..., L), held over a step -> (..., L)."""
+    power, into = zoh(A, dt, B)
+    length, rows = u.shape[-1], torch.eye(len(B), dtype=B.dtype, device="cpu")[:1]
+    while len(rows) < length:
+        rows, power = torch.cat([rows, rows @ power]), power @ power
+    kernel = rows[:length] @ into
+    return torch.fft.irfft(torch.fft.rfft(kernel, 2 * length) * torch.fft.rfft(u, 2 * length))[..., :length]

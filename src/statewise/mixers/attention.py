@@ -154,6 +154,13 @@ class Attention(CausalMixer, HasMixing):
         y, cache = attention(q, k, v, state=cache, seg=seg, window=self.window, scale=self.scale)
         return self._emit(y, seg), cache if conv is None else ConvKVState(conv, cache)
 
+    def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:
+        check_input(self, x, self.d_model)
+        if seg is not None:
+            x = seg.mask(x)
+        q, k, v, _ = self._project(x, None, seg)
+        return self._emit(attention(q, k, v, seg=seg, window=self.window, scale=self.scale, final_state=False)[0], seg)
+
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)
         if seg is not None:
@@ -200,7 +207,8 @@ class BidirectionalAttention(SequenceMixer, HasMixing):
         check_input(self, x, self.d_model)
         x = x if seg is None else seg.mask(x)
         q, k, v, _ = self.projections._project(x, None, seg)
-        return self.projections._emit(attention(q, k, v, seg=seg, causal=False, block=self.block)[0], seg)
+        y, _ = attention(q, k, v, seg=seg, causal=False, block=self.block, final_state=False)
+        return self.projections._emit(y, seg)
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)

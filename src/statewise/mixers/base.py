@@ -82,16 +82,6 @@ class Causal(nn.Module, ABC):
 class CausalMixer(Causal, SequenceMixer):
     """A mixer that can be streamed."""
 
-    def residual_step(
-        self, x: Tensor, state: State, seg: Segments | None, norm: nn.Module
-    ) -> tuple[Tensor, State] | None:
-        """x + mixer(norm(x)), if x (B, L, D) is one position and this mixer has a kernel for all of it that serves;
-        else None.
-
-        Not another meaning: what `step` gives, in one call. Blocks ask for it where speed is all that differs.
-        """
-        return None
-
 
 class Mixing(NamedTuple):
     """A mixer seen as a matrix: `emit(apply(dense, v)) == forward(x)`.

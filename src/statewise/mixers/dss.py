@@ -206,6 +206,11 @@ class DSS(FullModes):
         share = _divide(expm1(falling), expm1(_multiple(falling, self.l_norm)))
         return z, _divide(at_end * share, Lambda), W, skip
 
+    def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:
+        check_input(self, x, self.d_model)
+        y, _ = diagonal_ssm(x, *self.discrete(), conjugate=False, seg=seg, final_state=False)
+        return self._emit(y, seg)
+
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b, at most about 3000 in size."""

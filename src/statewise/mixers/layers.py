@@ -83,8 +83,37 @@ class Gate(nn.Module):
         return x * silu(z)
 
 
-class GatedTail(nn.Module):
+def drop_channels(y: Tensor, share: float) -> Tensor:
+    """Dropout with one mask per row and channel for the whole sequence, y (B, L, D). A share of 0 changes nothing."""
+    return y * F.dropout(torch.ones_like(y[:, :1]), share) if share else y
+
+
+def check_tail(activation: str, dropout: float, what: str = "") -> None:
+    """Raise ValueError for options that `gated_tail` does not have; `what` stands before the message."""
+    if activation not in ("gelu", "none"):
+        raise ValueError(what + unknown("activation", activation, ("gelu", "none")))
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{what}dropout: want 0 <= dropout < 1, got {dropout}")
+
+
+def gated_tail(y: Tensor, activation: str, linear: nn.Module | None, dropout: float, *, twice: bool = False) -> Tensor:
     """What follows a time-invariant core: an activation, dropout, and a linear map to 2 D whose halves gate each other.
+
+    Args:
+        y: (B, L, D). activation: "gelu" or "none". linear: the gated map, D to 2 D; None leaves it out.
+        dropout: share of the channels that is dropped now (0 outside of training) before the gated map and, with
+            `twice`, before the activation as well.
+    """
+    if twice:
+        y = drop_channels(y, dropout)
+    if activation == "gelu":
+        y = F.gelu(y)
+    y = drop_channels(y, dropout)
+    return y if linear is None else F.glu(linear(y), -1)  # the first half times the sigmoid of the second
+
+
+class GatedTail(nn.Module):
+    """`gated_tail` with a map of its own.
 
     Args:
         activation: "gelu" or "none".
@@ -94,19 +123,12 @@ class GatedTail(nn.Module):
 
     def __init__(self, d_model: int, activation: str = "gelu", glu: bool = True, dropout: float = 0.0):
         super().__init__()
-        if activation not in ("gelu", "none"):
-            raise ValueError(unknown("activation", activation, ("gelu", "none")))
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: want 0 <= dropout < 1, got {dropout}")
+        check_tail(activation, dropout)
         self.activation, self.dropout = activation, dropout
         self.linear = Linear(d_model, 2 * d_model) if glu else None
 
     def forward(self, y: Tensor) -> Tensor:
-        if self.activation == "gelu":
-            y = F.gelu(y)
-        if self.dropout and self.training:
-            y = y * F.dropout(torch.ones_like(y[:, :1]), self.dropout)
-        return y if self.linear is None else F.glu(self.linear(y), -1)
+        return gated_tail(y, self.activation, self.linear, self.dropout if self.training else 0.0)
 
 
 class ShortConv(nn.Module):

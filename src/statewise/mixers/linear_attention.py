@@ -28,7 +28,10 @@ class LinearAttentionState(NamedTuple):
 
 
 class _Separable(CausalMixer, HasMixing):
-    """Projections to heads, and the sum over the past of phi(q_t) . phi(k_s) v_s, as SSD without decay."""
+    """Attention with scores phi(q_t) . phi(k_s): their sum over the past runs as SSD without decay.
+
+    A subclass says what the features are, and by what the sum is divided.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class _Separable(CausalMixer, HasMixing):
         self.v_proj = Linear(d_model, n_heads * head_dim, bias=bias)
         self.out_proj = Linear(n_heads * head_dim, d_model, bias=bias)
         self.conv1d = ShortConv(n_heads * (2 * key_dim + head_dim), d_conv) if d_conv else None
+        self._make_normaliser(bias)
 
     # What the state keeps beside the values: 1 for the sum of features, 0 for nothing.
     _extra: int
@@ -66,9 +70,22 @@ class _Separable(CausalMixer, HasMixing):
     def n_features(self) -> int:
         """n, numbers of state per value channel."""
 
+    def _make_normaliser(self, bias: bool) -> None:
+        """Parameters of the normaliser, if it has any."""
+
     @abstractmethod
     def _features(self, t: Tensor) -> Tensor:
         """(..., key_dim) -> (..., n)."""
+
+    @abstractmethod
+    def _attend(
+        self, x: Tensor, phi: Tensor, psi: Tensor, v: Tensor, kv: Tensor, seg: Segments | None
+    ) -> tuple[Tensor, Tensor]:
+        """The normalised sum over the past, (B, L, H, P), and the new state."""
+
+    @abstractmethod
+    def _weights(self, x: Tensor, scores: Tensor, seg: Segments | None) -> Tensor:
+        """Normalised scores, (B, H, L, L)."""
 
     def init_state(self, batch, *, capacity=None, device=None, dtype=torch.float32) -> LinearAttentionState:
         device = self._device() if device is None else device
@@ -108,6 +125,25 @@ class _Separable(CausalMixer, HasMixing):
     def _emit(self, y: Tensor, dtype: torch.dtype, seg: Segments | None) -> Tensor:
         y = self.out_proj(y.flatten(-2).to(dtype))
         return y if seg is None else seg.mask(y)
+
+    def _run(
+        self, x: Tensor, state: LinearAttentionState | None, seg: Segments | None
+    ) -> tuple[Tensor, LinearAttentionState]:
+        check_input(self, x, self.d_model)
+        if seg is not None:
+            x = seg.mask(x)
+        conv, kv = self.init_state(len(x), dtype=widen(x).dtype) if state is None else state
+        phi, psi, v, new = self._project(x, conv, seg)
+        y, kv = self._attend(x, phi, psi, v, kv, seg)
+        return self._emit(y, x.dtype, seg), LinearAttentionState(conv if new is None else new, kv)
+
+    def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
+        check_input(self, x, self.d_model)
+        if seg is not None:
+            x = seg.mask(x)
+        phi, psi, v, _ = self._project(x, None, seg)
+        dense = self._weights(x, self._scores(phi, psi, v, seg), seg)
+        return Mixing(dense, v, lambda y: self._emit(y, x.dtype, seg))
 
 
 class LinearAttention(_Separable):
@@ -152,27 +188,16 @@ class LinearAttention(_Separable):
     def _features(self, t: Tensor) -> Tensor:
         return elu_features(t) if self.feature_map == "elu" else taylor_features(t * self.key_dim**-0.25, 2)
 
-    def _run(
-        self, x: Tensor, state: LinearAttentionState | None, seg: Segments | None
-    ) -> tuple[Tensor, LinearAttentionState]:
-        check_input(self, x, self.d_model)
-        if seg is not None:
-            x = seg.mask(x)
-        conv, kv = self.init_state(len(x), dtype=widen(x).dtype) if state is None else state
-        phi, psi, v, new = self._project(x, conv, seg)
+    def _attend(
+        self, x: Tensor, phi: Tensor, psi: Tensor, v: Tensor, kv: Tensor, seg: Segments | None
+    ) -> tuple[Tensor, Tensor]:
         # A value of one at every position makes the recurrence sum the features as well.
         y, kv = self._sum(phi, psi, torch.cat([v, torch.ones_like(v[..., :1])], -1), kv, seg)
-        y = y[..., :-1] / _at_padding(y[..., -1:], seg)
-        return self._emit(y, x.dtype, seg), LinearAttentionState(conv if new is None else new, kv)
+        return y[..., :-1] / _at_padding(y[..., -1:], seg), kv
 
-    def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
-        check_input(self, x, self.d_model)
-        if seg is not None:
-            x = seg.mask(x)
-        phi, psi, v, _ = self._project(x, None, seg)
-        scores = self._scores(phi, psi, v, seg)
+    def _weights(self, x: Tensor, scores: Tensor, seg: Segments | None) -> Tensor:
         total = _at_padding(scores.sum(-1).transpose(1, 2), seg).transpose(1, 2)
-        return Mixing(scores / total.unsqueeze(-1), v, lambda y: self._emit(y, x.dtype, seg))
+        return scores / total.unsqueeze(-1)
 
 
 class NormalizedAttention(_Separable):
@@ -193,18 +218,8 @@ class NormalizedAttention(_Separable):
 
     _extra = 0
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        n_heads: int = 1,
-        key_dim: int | None = None,
-        head_dim: int | None = None,
-        bias: bool = True,
-        d_conv: int = 0,
-    ):
-        super().__init__(d_model, n_heads=n_heads, key_dim=key_dim, head_dim=head_dim, bias=bias, d_conv=d_conv)
-        self.n_proj = Linear(d_model, n_heads, bias=bias)
+    def _make_normaliser(self, bias: bool) -> None:
+        self.n_proj = Linear(self.d_model, self.n_heads, bias=bias)
 
     @property
     def n_features(self) -> int:
@@ -213,25 +228,18 @@ class NormalizedAttention(_Separable):
     def _features(self, t: Tensor) -> Tensor:
         return t
 
-    def _run(
-        self, x: Tensor, state: LinearAttentionState | None, seg: Segments | None
-    ) -> tuple[Tensor, LinearAttentionState]:
-        check_input(self, x, self.d_model)
-        if seg is not None:
-            x = seg.mask(x)
-        conv, kv = self.init_state(len(x), dtype=widen(x).dtype) if state is None else state
-        q, k, v, new = self._project(x, conv, seg)
-        y, kv = self._sum(q, k, v, kv, seg)
-        y = y * torch.exp(-widen(self.n_proj(x))).unsqueeze(-1)
-        return self._emit(y, x.dtype, seg), LinearAttentionState(conv if new is None else new, kv)
+    def _gain(self, x: Tensor) -> Tensor:
+        """exp(-n_t) for each head, (B, L, H, 1)."""
+        return torch.exp(-widen(self.n_proj(x))).unsqueeze(-1)
 
-    def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
-        check_input(self, x, self.d_model)
-        if seg is not None:
-            x = seg.mask(x)
-        q, k, v, _ = self._project(x, None, seg)
-        gain = torch.exp(-widen(self.n_proj(x))).transpose(1, 2).unsqueeze(-1)
-        return Mixing(self._scores(q, k, v, seg) * gain, v, lambda y: self._emit(y, x.dtype, seg))
+    def _attend(
+        self, x: Tensor, phi: Tensor, psi: Tensor, v: Tensor, kv: Tensor, seg: Segments | None
+    ) -> tuple[Tensor, Tensor]:
+        y, kv = self._sum(phi, psi, v, kv, seg)
+        return y * self._gain(x), kv
+
+    def _weights(self, x: Tensor, scores: Tensor, seg: Segments | None) -> Tensor:
+        return scores * self._gain(x).transpose(1, 2)
 
 
 def _at_padding(total: Tensor, seg: Segments | None) -> Tensor:

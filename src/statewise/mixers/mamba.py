@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor, nn
 
 from ..maths.initialisers import inverse_softplus_dt
 from ..ops._dt import decay_rate
-from ..ops.decode import MambaWeights, Norm, mamba_layer
+from ..ops.decode import Layer, MambaWeights, Norm, mamba_layer
 from ..ops.selective_scan import selective_scan, selective_scan_matrix
 from ..ops.short_conv import short_conv
 from ..segments import Segments
 from ..state import exportable
 from .base import HasMixing, Mixing, check_input
 from .layers import Linear, RMSNorm, ShortConv, StepProjection, UnitRMSNorm
-from .one_step import OneStep
+from .one_step import OneStep, one_step
 
 
 @exportable
@@ -114,7 +113,7 @@ class Mamba(OneStep, HasMixing):
             dt, b, c = self.norms["dt"](dt), self.norms["B"](b), self.norms["C"](c)
         return self.dt_proj(dt), b, c
 
-    def _layer(self, norm: Norm | None) -> Callable | None:
+    def _layer(self, norm: Norm | None) -> Layer | None:
         conv = self.conv1d
         return mamba_layer(
             MambaWeights(
@@ -126,8 +125,8 @@ class Mamba(OneStep, HasMixing):
 
     def _run(self, x: Tensor, state: MambaState | None, seg: Segments | None) -> tuple[Tensor, MambaState]:
         check_input(self, x, self.d_model)
-        if (one := self._one(x, state, seg)) is not None:
-            return one
+        if (one := one_step([(self, None)], x, [state], seg)) is not None:
+            return one[0], one[1][0]
         if seg is not None:
             x = seg.mask(x)
         v, z = self.in_proj(x).chunk(2, -1)

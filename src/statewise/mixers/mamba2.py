@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -11,14 +10,14 @@ from torch import Tensor, nn
 
 from ..maths.initialisers import inverse_softplus_dt
 from ..ops._dt import decay_rate
-from ..ops.decode import Heads, Mamba2Weights, Norm, mamba2_layer
+from ..ops.decode import Heads, Layer, Mamba2Weights, Norm, mamba2_layer
 from ..ops.short_conv import short_conv
 from ..ops.ssd import ssd, ssd_matrix
 from ..segments import Segments
 from ..state import exportable
 from .base import HasMixing, Mixing, check_input
 from .layers import Gate, GatedRMSNorm, Linear, ShortConv
-from .one_step import OneStep
+from .one_step import OneStep, one_step
 
 
 @exportable
@@ -127,7 +126,7 @@ class Mamba2(OneStep, HasMixing):
             c.unflatten(-1, (self.n_groups, self.d_state)),
         )
 
-    def _layer(self, norm: Norm | None) -> Callable | None:
+    def _layer(self, norm: Norm | None) -> Layer | None:
         gated, conv = self.norm, self.conv1d
         if self.scales is not None or not isinstance(gated, GatedRMSNorm) or gated.norm_before_gate:
             return None
@@ -142,8 +141,8 @@ class Mamba2(OneStep, HasMixing):
 
     def _run(self, x: Tensor, state: Mamba2State | None, seg: Segments | None) -> tuple[Tensor, Mamba2State]:
         check_input(self, x, self.d_model)
-        if (one := self._one(x, state, seg)) is not None:
-            return one
+        if (one := one_step([(self, None)], x, [state], seg)) is not None:
+            return one[0], one[1][0]
         if seg is not None:
             x = seg.mask(x)
         z, conv_in, dt = self._project(x)

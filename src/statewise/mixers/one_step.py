@@ -1,9 +1,9 @@
-"""Decoding by one call a layer (`ops.decode`), and what has to hold so that the call means what the modules mean."""
+"""Decoding by one call for many layers (`ops.decode`), and what must hold so that it means what the modules mean."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +28,7 @@ def _parts(owner: nn.Module, norm: nn.Module | None) -> list[nn.Module]:
 class _Lookup:
     """Something made from the parameters of modules, for as long as a new look-up would find the same."""
 
-    def __init__(self, owner: nn.Module, norm: nn.Module | None, made: Callable | None):
+    def __init__(self, owner: nn.Module, norm: nn.Module | None, made: decode.Layer | None):
         self.norm, self.made = norm, made
         parts = _parts(owner, norm)
         self._tables: list[tuple[dict, str, Any]] = [(owner._modules, name, m) for name, m in owner._modules.items()]
@@ -60,25 +60,16 @@ class OneStep(CausalMixer):
     """
 
     @abstractmethod
-    def _layer(self, norm: decode.Norm | None) -> Callable | None:
+    def _layer(self, norm: decode.Norm | None) -> decode.Layer | None:
         """What `ops.decode.step` takes, or None."""
 
-    def _one(
-        self, x: Tensor, state: Any, seg: Segments | None, norm: nn.Module | None = None
-    ) -> tuple[Tensor, Any] | None:
-        """`_run` of x (B, 1, D), with `norm` x + mixer(norm(x)); None if it is more, or no kernel serves."""
-        if state is None or seg is not None or torch.compiler.is_compiling() or x.shape[1] != 1:
-            return None
-        if torch.is_grad_enabled():
-            return None
+    def kernel(self, norm: nn.Module | None) -> decode.Layer | None:
+        """The same as far as it still means this mixer, with `norm` x + mixer(norm(x))."""
         found = _lookups.setdefault(self, {})
         lookup = found.get(norm is not None)
         if lookup is None or (norm is not None and lookup.norm is not norm) or not lookup.holds():
             lookup = found[norm is not None] = self._look_up(norm)
-        if lookup.made is None or lookup.heard():
-            return None
-        result = decode.step(lookup.made, x[:, 0], *state)
-        return None if result is None else (result[0].unsqueeze(1), type(state)(*result[1:]))
+        return None if lookup.heard() else lookup.made
 
     def _look_up(self, norm: nn.Module | None) -> _Lookup:
         made = None
@@ -88,7 +79,26 @@ class OneStep(CausalMixer):
             made = self._layer(None if norm is None else (norm.weight, norm.eps))
         return _Lookup(self, norm, made)
 
-    def residual_step(
-        self, x: Tensor, state: State, seg: Segments | None, norm: nn.Module
-    ) -> tuple[Tensor, State] | None:
-        return self._one(x, state, seg, norm)
+
+def one_step(
+    parts: Sequence[tuple[OneStep, nn.Module | None]], x: Tensor, states: Sequence[State], seg: Segments | None
+) -> tuple[Tensor, list[State]] | None:
+    """x (B, 1, D) through mixers, or through x + mixer(norm(x)) where a norm is given, one after the other.
+
+    None if x is more than one position, a state is missing, or no kernel serves.
+    """
+    if torch.compiler.is_compiling() or seg is not None or x.shape[1] != 1 or torch.is_grad_enabled():
+        return None
+    if any(state is None for state in states):
+        return None
+    layers = []
+    for mixer, norm in parts:
+        layer = mixer.kernel(norm)
+        if layer is None:
+            return None
+        layers.append(layer)
+    result = decode.step(layers, x[:, 0], states)
+    if result is None:
+        return None
+    y, new = result
+    return y.unsqueeze(1), [type(old)(*state) for old, state in zip(states, new)]

@@ -49,8 +49,9 @@ class S4PTD(S4D):
 class S5PTD(S5):
     """S5-PTD: an S5 of which each block starts as HiPPO-LegS itself, up to a small perturbation.
 
-    The eigenvectors V are not orthogonal: B is rotated with the inverse of V and C with V. `clip_eigs` keeps training
-    from leaving the half-plane in which it starts. Everything else is `S5`.
+    The eigenvectors V are not orthogonal: B is rotated with the inverse of V and C with V. B is random, as in S5;
+    `b_init="hippo"` takes that of LegS, and then the states of a block are the memory that HiPPO defines. `clip_eigs`
+    keeps training from leaving the half-plane in which it starts. Everything else is `S5`.
 
     Args:
         gamma: price of the perturbation: about 1 / gamma is its size relative to LegS. See `maths.ptd`.

@@ -14,6 +14,7 @@ from ..maths.initialisers import diagonal_init
 from ..ops._precision import widen
 from ..ops.lti import diagonal_kernel, diagonal_ssm
 from ..segments import Segments
+from .base import check_input
 from .layers import Linear
 from .siso import DT_TRANSFORMS, REAL_TRANSFORMS, SISO, CausalSISO, TwoSidedSISO
 
@@ -112,6 +113,10 @@ class S4D(_Diagonal, CausalSISO):
 
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return diagonal_ssm(x, *self.discrete(), state=state, seg=seg)
+
+    def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:
+        check_input(self, x, self.d_model)
+        return self._emit(diagonal_ssm(x, *self.discrete(), seg=seg, final_state=False)[0], seg)
 
 
 class BidirectionalS4D(_Diagonal, TwoSidedSISO):

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from .._names import unknown
 from ..maths.discretize import asynchronous, discretize
-from ..maths.initialisers import block_init, complex_normal, log_uniform_log_dt, truncated_normal
+from ..maths.initialisers import block_init, block_input, complex_normal, log_uniform_log_dt, truncated_normal
 from ..ops._checks import compute_dtype
 from ..ops._precision import no_autocast, widen
 from ..ops.linear_scan import linear_scan
 from ..ops.lti.reference import lags, powers
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, HasMixing, HasRate, Mixing, SequenceMixer, check_input
-from .layers import Linear
+from .layers import Linear, drop_channels
 
+B_INITS = ("lecun_normal", "hippo")
 C_INITS = ("trunc_standard_normal", "lecun_normal", "complex_normal")
 ACTIVATIONS = ("half_glu1", "half_glu2", "full_glu", "gelu", "none")
 _RULES = ("zoh", "bilinear", "dirac", "async")
@@ -41,6 +42,7 @@ class _S5System(SequenceMixer, HasRate):
         d_state: int = 64,
         blocks: int = 1,
         init: str | Mapping[str, Any] = "legs",
+        b_init: str = "lecun_normal",
         c_init: str = "lecun_normal",
         discretization: str = "zoh",
         dt_min: float = 1e-3,
@@ -53,6 +55,7 @@ class _S5System(SequenceMixer, HasRate):
         super().__init__()
         what = type(self).__name__
         for name, value, known in (
+            ("b_init", b_init, B_INITS),
             ("c_init", c_init, C_INITS),
             ("discretization", discretization, _RULES),
             ("activation", activation, ACTIVATIONS),
@@ -68,7 +71,8 @@ class _S5System(SequenceMixer, HasRate):
         if not 0 <= dropout < 1:
             raise ValueError(f"{what}: dropout: want 0 <= dropout < 1, got {dropout}")
         self.d_model, self.d_state, self.blocks = d_model, d_state, blocks
-        self.init, self.c_init, self.discretization, self.clip_eigs = init, c_init, discretization, clip_eigs
+        self.init, self.b_init, self.c_init = init, b_init, c_init
+        self.discretization, self.clip_eigs = discretization, clip_eigs
         self.dt_min, self.dt_max, self.rate = dt_min, dt_max, step_rescale
         self.activation, self.dropout = activation, dropout
         modes = d_state // 2
@@ -99,8 +103,13 @@ class _S5System(SequenceMixer, HasRate):
         self.Lambda_re.copy_(Lambda.real)
         self.Lambda_im.copy_(Lambda.imag)
         H, P = self.d_model, self.d_state
-        B = truncated_normal((P, H), 1 / P, device=device, dtype=dtype)
-        self.B.copy_(torch.view_as_real(V_inv @ B.to(kind)))
+        if self.b_init == "hippo":
+            into = block_input(self.init, P, self.blocks).to(device, kind).view(self.blocks, -1, 1)
+            mixture = torch.randn(self.blocks, 1, H, device=device, dtype=dtype) * H**-0.5
+            B = (into * mixture).flatten(0, 1)
+        else:
+            B = V_inv @ truncated_normal((P, H), 1 / P, device=device, dtype=dtype).to(kind)
+        self.B.copy_(torch.view_as_real(B))
         for C in self._outputs():
             if self.c_init == "complex_normal":
                 C.copy_(complex_normal(C.shape[:-1], device=device, dtype=dtype))
@@ -161,8 +170,7 @@ class _S5System(SequenceMixer, HasRate):
         return self._drop(value * gate)
 
     def _drop(self, y: Tensor) -> Tensor:
-        # One mask for the whole sequence.
-        return y * F.dropout(torch.ones_like(y[:, :1]), self.dropout) if self.dropout and self.training else y
+        return drop_channels(y, self.dropout if self.training else 0.0)
 
     def _kernels(self, length: int) -> list[Tensor]:
         """2 Re(C diag(Lambda_bar^l) B_bar) for each direction: (length, D, D) [l, out, in]."""
@@ -189,6 +197,8 @@ class S5(_S5System, CausalMixer, HasImpulse):
         blocks: J; Lambda is J copies of a spectrum of size P / J.
         init: that spectrum, and the basis that B and C are drawn in: "legs" (normal part of HiPPO-LegS) or "ptd" (LegS
             perturbed and diagonalised, see `S5PTD`).
+        b_init: "lecun_normal" (variance 1/P, rotated into the modes), or "hippo": the B of HiPPO itself times a random
+            mixture of the channels, one for each block, so that a block begins as the memory of that mixture.
         c_init: "trunc_standard_normal" (variance 1/P), "lecun_normal" (variance 1/(P D)), both rotated into the modes,
             or "complex_normal" (variance 1/2 of each part, drawn in the modes).
         discretization: "zoh" (input held over a step), "bilinear", "dirac" or "async" (see `maths.discretize`).

@@ -16,7 +16,7 @@ from ..ops.lti import lti_conv
 from ..ops.lti.documents import toeplitz
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, HasMixing, HasRate, Mixing, SequenceMixer, check_input
-from .layers import Linear
+from .layers import Linear, check_tail, gated_tail
 
 # How Re A < 0 is stored. "relu" and "none" are free parameters; "none" does not keep the system stable.
 REAL_TRANSFORMS = ("exp", "relu", "softplus", "none")
@@ -58,7 +58,6 @@ class SISO(SequenceMixer, HasRate):
         for name, value, known in (
             ("dt_transform", dt_transform, DT_TRANSFORMS),
             ("real_transform", real_transform, REAL_TRANSFORMS),
-            ("activation", activation, ("gelu", "none")),
         ):
             if value not in known:
                 raise ValueError(f"{what}: {unknown(name, value, known)}")
@@ -69,8 +68,7 @@ class SISO(SequenceMixer, HasRate):
             raise ValueError(f"{what}: d_state: want an even number >= 2 (it counts conjugate pairs), got {d_state}")
         if not rate > 0:
             raise ValueError(f"{what}: rate: want a positive number, got {rate}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{what}: dropout: want 0 <= dropout < 1, got {dropout}")
+        check_tail(activation, dropout, f"{what}: ")
         self.d_model, self.d_state, self.n_ssm, self.rate = d_model, d_state, n_ssm, rate
         self.dt_min, self.dt_max = dt_min, dt_max
         self.dt_transform, self.real_transform = dt_transform, real_transform
@@ -136,17 +134,8 @@ class SISO(SequenceMixer, HasRate):
     def kernels(self, length: int) -> Tensor:
         """Taps of the state space without D: (D, length), or (2, D, length) for two directions."""
 
-    def _drop(self, y: Tensor) -> Tensor:
-        # One mask for the whole sequence.
-        return y * F.dropout(torch.ones_like(y[:, :1]), self.dropout) if self.dropout and self.training else y
-
     def _emit(self, y: Tensor, seg: Segments | None = None) -> Tensor:
-        y = self._drop(y)
-        if self.activation == "gelu":
-            y = F.gelu(y)
-        y = self._drop(y)
-        if self.out_linear is not None:
-            y = F.glu(self.out_linear(y))  # the first half times the sigmoid of the second
+        y = gated_tail(y, self.activation, self.out_linear, self.dropout if self.training else 0.0, twice=True)
         return y if seg is None else seg.mask(y)
 
     def _mixing(self, x: Tensor, dense: Tensor, seg: Segments | None) -> Mixing:

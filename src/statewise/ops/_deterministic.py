@@ -109,14 +109,14 @@ _EXACT_COMPLEX = frozenset("add sub neg copy fill zero where masked_fill eq ne c
 # Moves numbers, counts them, compares them, or adds them up one after the other in the order of an index.
 _MOVES = frozenset(
     """_conj _local_scalar_dense _neg_view _reshape_alias _reshape_copy _to_copy _unsafe_view alias amax amin any all
-    argmax argmin argsort as_strided bernoulli cat clone complex constant_pad_nd cummax cummin cumsum detach diag_embed
-    diagonal embedding embedding_dense_backward empty_like equal expand flip full_like gather index index_add
-    index_copy index_select is_same_size lift_fresh masked_scatter masked_select max min multinomial narrow_copy
-    native_dropout new_empty new_empty_strided new_full new_ones new_zeros nonzero normal ones_like permute rand_like
-    randn_like repeat repeat_interleave resolve_conj resolve_neg roll scalar_tensor scatter scatter_add select
-    select_backward select_scatter set slice slice_backward slice_scatter sort split split_with_sizes squeeze stack t
-    topk transpose tril triu unbind unfold uniform unsqueeze view view_as_complex view_as_real zeros_like real imag
-    value_selecting_reduction_backward _pin_memory""".split()  # noqa: SIM905
+    argmax argmin argsort as_strided bernoulli cat clone complex constant_pad_nd cummax cummin cumsum detach
+    diag_embed diagonal embedding embedding_dense_backward empty_like equal expand flip full_like gather index
+    index_add index_copy index_fill index_select is_same_size lift_fresh masked_scatter masked_select max min
+    multinomial narrow_copy native_dropout new_empty new_empty_strided new_full new_ones new_zeros nonzero normal
+    ones_like permute rand_like randn_like repeat repeat_interleave resolve_conj resolve_neg roll scalar_tensor
+    scatter scatter_add select select_backward select_scatter set slice slice_backward slice_scatter sort split
+    split_with_sizes squeeze stack t topk transpose tril triu unbind unfold uniform unsqueeze view view_as_complex
+    view_as_real zeros_like real imag value_selecting_reduction_backward _pin_memory""".split()  # noqa: SIM905
 )
 
 

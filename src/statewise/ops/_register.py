@@ -59,3 +59,55 @@ def operator(schema: str, implementation: str, fake: Callable, *, device: str | 
 def differentiable(op: Any, backward: Callable, save: Callable) -> None:
     """Attach `backward(ctx, *grads)`; `save(ctx, inputs, output)` stores what it needs."""
     torch.library.register_autograd(op._schema.name, backward, setup_context=save, lib=_library)
+
+
+def recomputing(
+    name: str,
+    inputs: str,
+    outputs: int,
+    module: str,
+    fake: Callable,
+    *,
+    gradients: int | None = None,
+    device: str | tuple[str, ...] = "CPU",
+) -> Any:
+    """An operator that keeps nothing but its inputs for the backward pass, and `<name>_backward` for that.
+
+    Args:
+        inputs: as in a schema, two or more tensors first: `"Tensor x, Tensor? bias, int length"`.
+        outputs: number of tensors that it returns.
+        module: has `forward(*inputs)`, and `backward(*gradients of the outputs, *inputs)`, which gives a gradient for
+            each tensor among the inputs, an empty one for a tensor that is absent.
+        fake, device: as in `operator`.
+        gradients: how many of the tensors have a gradient, the first ones; all of them if None.
+    """
+    names = inputs.split(", ")
+    tensors = sum(name.startswith("Tensor") for name in names)
+    wanted = tensors if gradients is None else gradients
+
+    def result(count: int) -> str:
+        return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+    def fake_backward(*args):
+        given = args[outputs : outputs + wanted]
+        return tuple(given[0].new_empty(0) if t is None else t.new_empty(t.shape) for t in given)
+
+    slopes = ", ".join(f"Tensor grad_{i}" for i in range(outputs))
+    forward = operator(f"{name}({inputs}) -> {result(outputs)}", f"{module}:forward", fake, device=device)
+    backward = operator(
+        f"{name}_backward({slopes}, {inputs}) -> {result(wanted)}", f"{module}:backward", fake_backward, device=device
+    )
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+        ctx.set_materialize_grads(True)
+
+    def derive(ctx, *grads):
+        given = ctx.saved_tensors
+        found = backward(*grads, *given, *ctx.options)
+        own = [None if t is None else g for t, g in zip(given[:wanted], found)]
+        return *own, *[None] * (len(names) - wanted)
+
+    differentiable(forward, derive, save)
+    return forward

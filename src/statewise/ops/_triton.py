@@ -111,8 +111,8 @@ def config(op: str, device_capability: tuple[int, int], D: int, N: int) -> Confi
     """Launch parameters of a kernel, by reasoning about registers and lanes; none of them changes what is computed.
 
     Args:
-        op: "selective_scan", "selective_scan_backward", "selective_scan_step", "linear_scan" or
-            "linear_scan_backward".
+        op: "selective_scan", "selective_scan_backward", "selective_scan_step", "linear_scan", "linear_scan_backward",
+            "diagonal_kernel" or "diagonal_kernel_backward".
         device_capability: (major, minor) of the GPU. No choice depends on it yet.
         D: channels that one program could take (those of a group).
         N: state width; 2 for complex and 1 for real numbers in a linear scan.
@@ -132,6 +132,10 @@ def config(op: str, device_capability: tuple[int, int], D: int, N: int) -> Confi
     if op in ("linear_scan", "linear_scan_backward"):
         # One warp, one channel on each lane: the scan of a tile stays inside a lane.
         return {"BLOCK_D": min(wide, 32), "num_warps": 1}
+    if op in ("diagonal_kernel", "diagonal_kernel_backward"):
+        # As small as tl.dot allows in modes and rows: operands of four bytes fill registers. 1024 positions from 80
+        # powers of each mode.
+        return {"ROWS": 16, "WIDTH": 64, "MODES": 16, "num_warps": 4}
     raise ValueError(f"op: no launch parameters for {op!r}")
 
 

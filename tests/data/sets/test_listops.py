@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import statewise
 from statewise.data.labelled import Split, check
 from statewise.data.sets import baselines, listops
 from statewise.data.sets.listops import SYMBOLS, Grammar, encode, generate, make, outline, value
 
-SRC = Path(__file__).parents[3] / "src"
+# What this process imports, other processes import too, with the kernels that it has compiled.
+SRC = Path(statewise.__file__).parents[1]
 
 
 def _silent(done: int, total: int) -> None:

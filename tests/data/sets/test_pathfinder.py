@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import statewise
 from statewise.data import sets
 from statewise.data.labelled import check
 from statewise.data.sets import pathfinder
@@ -19,7 +20,8 @@ from statewise.data.sets.pathfinder import draw, make32, style
 from statewise.data.sets.pathfinder_files import HARD
 from statewise.data.sets.pathfinder_stamps import tables
 
-SRC = Path(__file__).parents[3] / "src"
+# What this process imports, other processes import too, with the kernels that it has compiled.
+SRC = Path(statewise.__file__).parents[1]
 
 
 def _silent(done: int, total: int) -> None:

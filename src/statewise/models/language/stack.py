@@ -17,7 +17,7 @@ from ...mixers.layers import RMSNorm
 from ...segments import Segments
 from ...state import State, exportable
 from .._specs import Spec, plain, spec_list
-from ._causal_lm import CausalLM, Run, check_sizes
+from ._causal_lm import CausalLM, Run, check_sizes, run_layer
 
 
 @exportable
@@ -142,8 +142,14 @@ class LanguageModel(CausalLM):
     ) -> tuple[Tensor, LanguageState]:
         if self.residual_in_fp32:
             x = x.to(torch.promote_types(x.dtype, torch.float32))
-        states = []
-        for i, block in enumerate(self.blocks):
-            x, block_state = run(block._run, x, None if state is None else state.layers[i], seg)
-            states.append(block_state)
-        return x, LanguageState(tuple(states))
+        old = [None] * len(self.layers) if state is None else list(state.layers)
+        new: list[State] = []
+        while rest := self.blocks[len(new) :]:
+            several = blocks.step_together(rest, x, old[len(new) :], seg) if run is run_layer else None
+            if several is None:
+                x, block_state = run(rest[0]._run, x, old[len(new)], seg)
+                new.append(block_state)
+            else:
+                x, states = several
+                new += states
+        return x, LanguageState(tuple(new))

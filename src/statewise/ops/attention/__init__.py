@@ -40,6 +40,7 @@ def attention(
     window: int | None = None,
     block: int | None = None,
     scale: float | None = None,
+    final_state: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, KVState | KVBuffer]:
     """y_t = sum over s of softmax_s(scale q_t . k_s) v_s, over the keys of t's own document up to t.
@@ -55,6 +56,7 @@ def attention(
         block: with causal=False: attend only to the token's own block and to the two beside it, where each document is
             cut into blocks of so many valid tokens; >= 1; None: to all.
         scale: factor on the scores; 1 / sqrt(P) if None.
+        final_state: False: whoever calls does not look at the state, and another one stands in its place.
         backend: "reference" or None. The kernels are torch's own on every device.
 
     Returns:
@@ -83,10 +85,11 @@ def attention(
     where = reference.layout(seg, block is not None)
     position = _advance(state.position, seg, length)
     q, k, v = (reference.reorder(t, where.order) for t in (q, k, v))
-    line = reference.append(state, k, v)
-    new, lost = reference.push(state, line, where, length, position, window)
-    if isinstance(state, KVBuffer):
-        _refuse(lost, state.k.shape[1])
+    line, new = reference.append(state, k, v), state
+    if final_state:
+        new, lost = reference.push(state, line, where, length, position, window)
+        if isinstance(state, KVBuffer):
+            _refuse(lost, state.k.shape[1])
     if length == 0:
         return q.to(v.dtype), new
 

@@ -1,65 +1,24 @@
-"""One position of a whole layer of Mamba or Mamba-2 in one call: what decoding spends its time with.
+"""One position of whole layers of Mamba or Mamba-2 in one call: what decoding spends its time with.
 
 The layers are compositions of `linear`, `short_conv_step`, `selective_scan_step` or `ssd_step`, and norms. Done one by
-one, the calls of a layer take several times as long as reading its weights. Here a layer is three or four kernels
-that follow each other without Python in between. There is nothing here that the composition does not give.
+one, the calls of a layer take several times as long as reading its weights. Here a layer is three or four kernels, and
+kernels and layers follow each other without Python in between. There is nothing here that the composition does not
+give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._eager import free, plain
 from ..linear import DTYPES, ROWS
+from .layer import Heads, Layer, Mamba2Weights, MambaWeights, Norm, mamba, mamba2
 
-__all__ = ["Heads", "Mamba2Weights", "MambaWeights", "mamba2_layer", "mamba_layer", "step"]
-
-Norm = tuple[Tensor, float]  # weight (D,) and epsilon of an RMS norm
-
-
-class MambaWeights(NamedTuple):
-    """Of a layer of width D with D_in channels, N states, a convolution of width K and a step size of rank R."""
-
-    in_proj: Tensor  # (2 D_in, D)
-    in_bias: Tensor | None
-    conv: Tensor  # (D_in, K)
-    conv_bias: Tensor | None
-    x_proj: Tensor  # (R + 2 N, D_in)
-    dt_proj: Tensor  # (D_in, R)
-    dt_bias: Tensor | None
-    A_log: Tensor  # (D_in, N)
-    D: Tensor | None
-    out_proj: Tensor  # (D, D_in)
-    out_bias: Tensor | None
-
-
-class Mamba2Weights(NamedTuple):
-    """Of a layer of width D with H heads of width P, G groups, N states and a convolution of width K."""
-
-    in_proj: Tensor  # (2 H P + 2 G N + H, D)
-    in_bias: Tensor | None
-    conv: Tensor  # (H P + 2 G N, K)
-    conv_bias: Tensor | None
-    dt_bias: Tensor  # (H,)
-    A_log: Tensor  # (H,)
-    D: Tensor | None  # (H,) or (H, P)
-    norm: Tensor  # (H P,)
-    out_proj: Tensor  # (D, H P)
-    out_bias: Tensor | None
-
-
-class Heads(NamedTuple):
-    """What a Mamba-2 layer says beyond its weights."""
-
-    groups: int = 1  # G of B and C
-    norm_groups: int = 1  # over which the gated norm takes its statistics, and its epsilon
-    norm_eps: float = 1e-5
-    dt_limit: tuple[float, float] | None = None  # to which the step size is clamped
-
+__all__ = ["Heads", "Layer", "Mamba2Weights", "MambaWeights", "mamba2_layer", "mamba_layer", "step"]
 
 _PLAIN = Heads()
 
@@ -78,7 +37,7 @@ def _fit(weights: Any, before: Norm | None, width: int, **shapes: tuple[int, ...
             raise ValueError(f"{type(weights).__name__}: {name}: want {want}, got {tuple(given[name].shape)}")
 
 
-def mamba_layer(weights: MambaWeights, norm: Norm | None = None) -> Callable | None:
+def mamba_layer(weights: MambaWeights, norm: Norm | None = None) -> Layer | None:
     """A Mamba layer for `step`: projection, convolution, selective scan, gate, projection.
 
     Args:
@@ -102,12 +61,10 @@ def mamba_layer(weights: MambaWeights, norm: Norm | None = None) -> Callable | N
     small = [w.A_log, w.conv, w.conv_bias, w.dt_bias, w.D]
     if not (_alike(large) and _alike(small) and plain(*large, *small)):
         return None
-    from .numba import mamba
-
     return mamba(w, norm)
 
 
-def mamba2_layer(weights: Mamba2Weights, norm: Norm | None = None, heads: Heads = _PLAIN) -> Callable | None:
+def mamba2_layer(weights: Mamba2Weights, norm: Norm | None = None, heads: Heads = _PLAIN) -> Layer | None:
     """A Mamba-2 layer for `step`: projection, convolution, SSD, gate, RMS norm, projection.
 
     Arguments and result as in `mamba_layer`.
@@ -133,35 +90,37 @@ def mamba2_layer(weights: Mamba2Weights, norm: Norm | None = None, heads: Heads 
     small = [w.A_log, w.conv, w.conv_bias, w.dt_bias, w.D, w.norm]
     if not (_alike(large) and _alike(small) and plain(*large, *small)):
         return None
-    from .numba import mamba2
-
     return mamba2(w, norm, heads)
 
 
-def step(layer: Callable, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """One position of a layer.
+def step(
+    layers: Sequence[Layer], x: Tensor, states: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]] | None:
+    """One position of layers that follow each other.
 
     Args:
-        layer: from `mamba_layer` or `mamba2_layer`.
+        layers: from `mamba_layer` or `mamba2_layer`, at least one.
         x: (B, D).
-        conv: (B, K-1, channels) last inputs of the convolution, oldest first.
-        ssm: (B, D_in, N) of Mamba, (B, H, P, N) of Mamba-2.
+        states: of each layer (conv, ssm): the last inputs of the convolution (B, K-1, channels), oldest first, and
+            (B, D_in, N) of Mamba or (B, H, P, N) of Mamba-2.
 
     Returns:
-        (y (B, D) in the dtype of x, conv, ssm), the states after this position; or None if only the composition
-        serves: more than sixteen rows, another device or dtype, states not in float32, gradients, tracing, another
-        back-end asked for.
+        (y (B, D) in the dtype of x, the states after this position); or None if only the composition serves: layers of
+        different kinds, widths or dtypes, more than sixteen rows, another device or dtype, states not in float32,
+        gradients, tracing, another back-end asked for.
 
     Raises:
-        ValueError: x or a state does not fit the layer.
+        ValueError: x or a state does not fit its layer.
     """
+    flat = [t for state in states for t in state]
     if (
         not 0 < x.shape[0] <= ROWS
         or x.dtype not in DTYPES
-        or not (conv.is_contiguous() and ssm.is_contiguous())
-        or conv.dtype is not torch.float32
-        or ssm.dtype is not torch.float32
-        or not free(x, conv, ssm)
+        or any(t.dtype is not torch.float32 or not t.is_contiguous() for t in flat)
+        or any(layer.kind != layers[0].kind for layer in layers)
+        or not free(x, *flat)
     ):
         return None
-    return layer(x.contiguous(), conv, ssm)
+    from .numba import run
+
+    return run(layers, x.contiguous(), states)

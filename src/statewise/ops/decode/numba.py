@@ -18,7 +18,7 @@ from .._parallel_numba import address, fork
 from .._simd import LANES, LOG2E, clamp, exp2, fill, lanes, load, memory, put, sigmoid, softplus, store, zeros
 from .._simd import total as sum_of
 from ..linear.numba import BLOCK, LIKE, dots, fetch, rows_times_matrix
-from . import Heads, Mamba2Weights, MambaWeights, Norm
+from .layer import Layer
 
 _F = np.float32
 _WIDE = LIKE[torch.float32]
@@ -44,6 +44,7 @@ def _project(
     sums = np.empty((rows, BLOCK + 4), np.float32)
     flat = sums.reshape(-1)
     taps = np.zeros(width * LANES, np.float32)
+    as_stored = np.empty(width * LANES + LANES, np.float32)
     channels = last - first
     before, inside = (first + BLOCK - 1) // BLOCK, (channels + BLOCK - 1) // BLOCK
     fetch(x, depth, rows, depth, 1, memory(norm_at, like), norm_at != 0, eps, w, wide, ld)
@@ -59,10 +60,12 @@ def _project(
         convolved = before <= block < before + inside
         c = o - first
         if convolved:
-            for k in range(width):
-                for l in range(count):
-                    one = memory(conv_w_at + ((c + l) * width + k) * small.itemsize, small)
-                    taps[k * LANES + l] = sum_of(lanes(one, 0, 1))
+            conv_w = memory(conv_w_at + c * width * small.itemsize, small)
+            for k in range(0, count * width, LANES):
+                store(as_stored, k, lanes(conv_w, k, count * width - k))
+            for l in range(count):
+                for k in range(width):
+                    taps[k * LANES + l] = as_stored[l * width + k]
         for r in range(rows):
             v = load(flat, r * (BLOCK + 4))
             if bias_at != 0:
@@ -174,68 +177,80 @@ def _heads(
 
 
 @common.driver
-def _mamba(
-    team, threads, kernels, x_like, like, small, at, eps, rows, x_at, conv_at, ssm_at, y_at, new_conv_at, new_ssm_at
-):
-    depth, channels, N, rank, width, norm_at = at[11], at[12], at[13], at[14], at[15], at[16]
-    outputs, low = 2 * channels, rank + 2 * N
-    low_row = (low + LANES - 1) // LANES * LANES
-    work = np.empty(rows * (outputs + low_row + channels) + LANES, np.float32)
-    proj_at = np.int64(work.ctypes.data)
-    low_at = proj_at + 4 * rows * outputs
-    gated_at = low_at + 4 * rows * low_row
-    failed = fork(
-        kernels[0], team, 2 * ((channels + BLOCK - 1) // BLOCK), threads, threads,
-        (x_like, like, small, x_at, rows, depth, norm_at, eps, at[0], at[1], outputs, 0, channels, at[2], at[3], width,
-         conv_at, new_conv_at, proj_at, outputs),
-    )  # fmt: skip
-    failed += fork(
-        kernels[1], team, (low + BLOCK - 1) // BLOCK, threads, threads,
-        (_WIDE, proj_at, outputs, rows, channels, 1, _WIDE, 0, eps, like, at[4], 0, low, _WIDE, 0, low_at, low_row),
-    )  # fmt: skip
-    failed += fork(
-        kernels[2], team, (channels + BLOCK - 1) // BLOCK, threads, threads,
-        (like, small, rows, channels, N, rank, proj_at, outputs, low_at, low_row, at[5], at[6], at[7], at[8], ssm_at,
-         new_ssm_at, gated_at, channels),
-    )  # fmt: skip
-    failed += fork(
-        kernels[3], team, (depth + BLOCK - 1) // BLOCK, threads, threads,
-        (_WIDE, gated_at, channels, rows, channels, 1, _WIDE, 0, eps, like, at[9], at[10], depth, x_like,
-         x_at if norm_at != 0 else 0, y_at, depth),
-    )  # fmt: skip
-    return failed * work.size  # named last, so that its memory lives until here
+def _mamba(team, threads, kernels, x_like, like, small, tables, numbers, rows, x_at, states, y_at):
+    """Layers after each other: tables and numbers of `Layer`, states (layers, 4) old and new ones of conv and ssm."""
+    depth = tables[0, 11]
+    streams = np.empty(2 * rows * depth, x_like.dtype)  # between layers, taken in turn
+    failed, alive = 0, streams.size
+    for i in range(len(tables)):
+        at, eps = tables[i], numbers[i, 0]
+        channels, N, rank, width, norm_at = at[12], at[13], at[14], at[15], at[16]
+        to_at = streams.ctypes.data + i % 2 * rows * depth * x_like.itemsize if i + 1 < len(tables) else y_at
+        outputs, low = 2 * channels, rank + 2 * N
+        low_row = (low + LANES - 1) // LANES * LANES
+        work = np.empty(rows * (outputs + low_row + channels) + LANES, np.float32)
+        proj_at = np.int64(work.ctypes.data)
+        low_at = proj_at + 4 * rows * outputs
+        gated_at = low_at + 4 * rows * low_row
+        failed += fork(
+            kernels[0], team, 2 * ((channels + BLOCK - 1) // BLOCK), threads, threads,
+            (x_like, like, small, x_at, rows, depth, norm_at, eps, at[0], at[1], outputs, 0, channels, at[2], at[3],
+             width, states[i, 0], states[i, 2], proj_at, outputs),
+        )  # fmt: skip
+        failed += fork(
+            kernels[1], team, (low + BLOCK - 1) // BLOCK, threads, threads,
+            (_WIDE, proj_at, outputs, rows, channels, 1, _WIDE, 0, eps, like, at[4], 0, low, _WIDE, 0, low_at, low_row),
+        )  # fmt: skip
+        failed += fork(
+            kernels[2], team, (channels + BLOCK - 1) // BLOCK, threads, threads,
+            (like, small, rows, channels, N, rank, proj_at, outputs, low_at, low_row, at[5], at[6], at[7], at[8],
+             states[i, 1], states[i, 3], gated_at, channels),
+        )  # fmt: skip
+        failed += fork(
+            kernels[3], team, (depth + BLOCK - 1) // BLOCK, threads, threads,
+            (_WIDE, gated_at, channels, rows, channels, 1, _WIDE, 0, eps, like, at[9], at[10], depth, x_like,
+             x_at if norm_at != 0 else 0, to_at, depth),
+        )  # fmt: skip
+        x_at = to_at
+        alive += work.size
+    return failed * (alive + streams.size)  # named last, so that their memory lives until here
 
 
 @common.driver
-def _mamba2(
-    team, threads, kernels, x_like, like, small, at, eps, rows, x_at, conv_at, ssm_at, y_at, new_conv_at, new_ssm_at,
-    gated_eps, limits,
-):  # fmt: skip
-    depth, H, P, N, G, width = at[10], at[11], at[12], at[13], at[14], at[15]
-    groups, per_channel, norm_at = at[16], at[17], at[18]
-    inner = H * P
-    channels = inner + 2 * G * N
-    outputs = inner + channels + H
-    work = np.empty(rows * (outputs + inner) + LANES, np.float32)
-    proj_at = np.int64(work.ctypes.data)
-    gated_at = proj_at + 4 * rows * outputs
-    blocks_in = (inner + BLOCK - 1) // BLOCK + (channels + BLOCK - 1) // BLOCK + (H + BLOCK - 1) // BLOCK
-    failed = fork(
-        kernels[0], team, blocks_in, threads, threads,
-        (x_like, like, small, x_at, rows, depth, norm_at, eps, at[0], at[1], outputs, inner, inner + channels, at[2],
-         at[3], width, conv_at, new_conv_at, proj_at, outputs),
-    )  # fmt: skip
-    failed += fork(
-        kernels[1], team, rows * H, threads, threads,
-        (small, H, P, N, G, proj_at, outputs, at[4], at[5], at[6], per_channel, limits[0], limits[1], ssm_at,
-         new_ssm_at, gated_at, inner),
-    )  # fmt: skip
-    failed += fork(
-        kernels[2], team, (depth + BLOCK - 1) // BLOCK, threads, threads,
-        (_WIDE, gated_at, inner, rows, inner, groups, small, at[7], gated_eps, like, at[8], at[9], depth, x_like,
-         x_at if norm_at != 0 else 0, y_at, depth),
-    )  # fmt: skip
-    return failed * work.size  # named last, so that its memory lives until here
+def _mamba2(team, threads, kernels, x_like, like, small, tables, numbers, rows, x_at, states, y_at):
+    """As `_mamba`."""
+    depth = tables[0, 10]
+    streams = np.empty(2 * rows * depth, x_like.dtype)
+    failed, alive = 0, streams.size
+    for i in range(len(tables)):
+        at, eps, gated_eps, least, most = tables[i], numbers[i, 0], numbers[i, 1], numbers[i, 2], numbers[i, 3]
+        H, P, N, G, width, groups, per_channel, norm_at = at[11], at[12], at[13], at[14], at[15], at[16], at[17], at[18]
+        to_at = streams.ctypes.data + i % 2 * rows * depth * x_like.itemsize if i + 1 < len(tables) else y_at
+        inner = H * P
+        channels = inner + 2 * G * N
+        outputs = inner + channels + H
+        work = np.empty(rows * (outputs + inner) + LANES, np.float32)
+        proj_at = np.int64(work.ctypes.data)
+        gated_at = proj_at + 4 * rows * outputs
+        blocks_in = (inner + BLOCK - 1) // BLOCK + (channels + BLOCK - 1) // BLOCK + (H + BLOCK - 1) // BLOCK
+        failed += fork(
+            kernels[0], team, blocks_in, threads, threads,
+            (x_like, like, small, x_at, rows, depth, norm_at, eps, at[0], at[1], outputs, inner, inner + channels,
+             at[2], at[3], width, states[i, 0], states[i, 2], proj_at, outputs),
+        )  # fmt: skip
+        failed += fork(
+            kernels[1], team, rows * H, threads, threads,
+            (small, H, P, N, G, proj_at, outputs, at[4], at[5], at[6], per_channel, least, most, states[i, 1],
+             states[i, 3], gated_at, inner),
+        )  # fmt: skip
+        failed += fork(
+            kernels[2], team, (depth + BLOCK - 1) // BLOCK, threads, threads,
+            (_WIDE, gated_at, inner, rows, inner, groups, small, at[7], gated_eps, like, at[8], at[9], depth, x_like,
+             x_at if norm_at != 0 else 0, to_at, depth),
+        )  # fmt: skip
+        x_at = to_at
+        alive += work.size
+    return failed * (alive + streams.size)  # named last, so that their memory lives until here
 
 
 _N, _E = 0, _F(0)  # samples of the types of arguments
@@ -258,56 +273,25 @@ def _kernels(name: str, x: torch.dtype, large: torch.dtype, vectors: torch.dtype
     return np.array([address(function, arguments) for function, arguments in stages])
 
 
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-class Layer:
-    """A layer whose weights have been looked up. Calling it costs what a row and its state cost.
-
-    It keeps addresses: whoever keeps a layer has to notice when a weight is no longer where it was.
-    """
-
-    def __init__(
-        self, name: str, weights: MambaWeights | Mamba2Weights, sizes: Sequence[int], norm: Norm | None,
-        state: tuple[int, ...], *rest: Any,
+def run(layers: Sequence[Layer], x: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list]:
+    """x (B, D) through layers of one kind, and their new states."""
+    first, rows = layers[0], x.shape[0]
+    name, large, vectors, depth = first.kind
+    wanted: list[tuple[str, Tensor, tuple[int, ...]]] = [("x", x, (rows, depth))]
+    for layer, (conv, ssm) in zip(layers, states):
+        wanted += [("conv", conv, (rows, *layer.shapes[0])), ("ssm", ssm, (rows, *layer.shapes[1]))]
+    for what, t, want in wanted:
+        if t.shape != want:
+            raise ValueError(f"{name}: {what}: want {want}, got {tuple(t.shape)}")
+    y, new = torch.empty_like(x), [(torch.empty_like(conv), torch.empty_like(ssm)) for conv, ssm in states]
+    addresses = [
+        [conv.data_ptr(), ssm.data_ptr(), new_conv.data_ptr(), new_ssm.data_ptr()]
+        for (conv, ssm), (new_conv, new_ssm) in zip(states, new)
+    ]
+    team, threads = common.team(rows * first.size, _INLINE)
+    if (_mamba if name == "mamba" else _mamba2)(
+        team, threads, _kernels(name, x.dtype, large, vectors), LIKE[x.dtype], LIKE[large], LIKE[vectors],
+        *first.stacked(layers), rows, x.data_ptr(), np.array(addresses, np.int64), y.data_ptr(),
     ):  # fmt: skip
-        self._name, self._rest = name, rest
-        channels, width = weights.conv.shape
-        self._shapes = (weights.in_proj.shape[1],), (width - 1, channels), state
-        self._driver = _mamba if name == "mamba" else _mamba2
-        self._dtypes = weights.in_proj.dtype, weights.conv.dtype
-        self._likes = LIKE[self._dtypes[0]], LIKE[self._dtypes[1]]
-        self._size = weights.in_proj.numel()
-        self._at = np.array([*map(_at, weights), *sizes, 0 if norm is None else _at(norm[0])], np.int64)
-        self._eps = _F(0 if norm is None else norm[1])
-
-    def __call__(self, x: Tensor, conv: Tensor, ssm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.shape[0]
-        for name, t, want in zip(("x", "conv", "ssm"), (x, conv, ssm), self._shapes):
-            if t.shape != (rows, *want):
-                raise ValueError(f"{self._name}: {name}: want {(rows, *want)}, got {tuple(t.shape)}")
-        y, new_conv, new_ssm = torch.empty_like(x), torch.empty_like(conv), torch.empty_like(ssm)
-        team, threads = common.team(rows * self._size, _INLINE)
-        if self._driver(
-            team, threads, _kernels(self._name, x.dtype, *self._dtypes), LIKE[x.dtype], *self._likes, self._at,
-            self._eps, rows, x.data_ptr(), conv.data_ptr(), ssm.data_ptr(), y.data_ptr(), new_conv.data_ptr(),
-            new_ssm.data_ptr(), *self._rest,
-        ):  # fmt: skip
-            raise RuntimeError(f"a kernel of {self._name} failed")
-        return y, new_conv, new_ssm
-
-
-def mamba(w: MambaWeights, norm: Norm | None) -> Layer:
-    (channels, N), depth = w.A_log.shape, w.in_proj.shape[1]
-    return Layer("mamba", w, (depth, channels, N, w.dt_proj.shape[1], w.conv.shape[1]), norm, (channels, N))
-
-
-def mamba2(w: Mamba2Weights, norm: Norm | None, shape: Heads) -> Layer:
-    H = w.A_log.shape[0]
-    depth, inner = w.out_proj.shape
-    N = (w.conv.shape[0] - inner) // (2 * shape.groups)
-    per_channel = int(w.D is not None and w.D.ndim > 1)
-    low, high = shape.dt_limit or (-np.inf, np.inf)
-    sizes = depth, H, inner // H, N, shape.groups, w.conv.shape[1], shape.norm_groups, per_channel
-    return Layer("mamba2", w, sizes, norm, (H, inner // H, N), _F(shape.norm_eps), (_F(low), _F(high)))
+        raise RuntimeError(f"a kernel of {name} failed")
+    return y, new

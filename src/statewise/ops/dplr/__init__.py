@@ -12,10 +12,10 @@ from ...segments import Segments
 from .. import _checks, _deterministic
 from .._backend import resolve
 from .._precision import no_autocast
-from .._register import differentiable, operator
+from .._register import recomputing
 from .._spec import OpSpec, register
 from ..lti import diagonal_ssm_apply as dplr_ssm_apply
-from ..lti import documents
+from ..lti import documents, modes
 from ..lti.algorithms import ALGORITHMS as ALGORITHMS  # where the laws look for it
 from ..lti.algorithms import check_algorithm
 from ..lti.convolution import convolve
@@ -101,49 +101,21 @@ def _choose(algorithm: str | None, u: Tensor, seg: Segments | None) -> str:
 
 # ---- as one operator, for compilers ----------------------------------------------------------------------------------
 
-_INPUTS = (
-    "Tensor u, Tensor w, Tensor p, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
-    "str? algorithm"
-)
 
-
-def _fake_forward(u, w, p, b, c, D, state, position, valid, algorithm):
+def _fake(u, w, p, b, c, D, state, position, valid, algorithm):
     return u.new_empty(u.shape), u.new_empty((u.shape[0], *b.shape), dtype=reference.lift(u)[1])
 
 
-def _fake_backward(dy, dlast, u, w, p, b, c, D, state, position, valid, algorithm):
-    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, w, p, b, c, D, state))
-
-
-_forward = operator(
-    f"dplr_ssm({_INPUTS}) -> (Tensor, Tensor)",
-    "statewise.ops.dplr.whole:forward",
-    _fake_forward,
+_whole = recomputing(
+    _OP,
+    "Tensor u, Tensor w, Tensor p, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
+    "str? algorithm",
+    2,
+    "statewise.ops.dplr.whole",
+    _fake,
+    gradients=7,
     device="CompositeExplicitAutograd",
 )
-_backward = operator(
-    f"dplr_ssm_backward(Tensor dy, Tensor dlast, {_INPUTS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "statewise.ops.dplr.whole:backward",
-    _fake_backward,
-    device="CompositeExplicitAutograd",
-)
-
-
-def _save(ctx, inputs, output):
-    *tensors, algorithm = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.algorithm = algorithm
-    ctx.set_materialize_grads(True)
-
-
-def _gradients(ctx, dy, dlast):
-    tensors = ctx.saved_tensors
-    grads = _backward(dy, dlast, *tensors, ctx.algorithm)
-    return *(None if t is None else g for t, g in zip(tensors[:7], grads)), None, None, None
-
-
-differentiable(_forward, _gradients, _save)
 
 
 def dplr_ssm(
@@ -209,7 +181,7 @@ def dplr_ssm(
     if torch.compiler.is_compiling():
         check_algorithm(_OP, algorithm, seg)
         position, valid = (None, None) if seg is None else (seg.position, seg.valid)
-        return _forward(u, w, p, b, c, D, state, position, valid, algorithm)
+        return _whole(u, w, p, b, c, D, state, position, valid, algorithm)
     return run(u, w, p, b, c, D, state, seg, algorithm, final_state)
 
 
@@ -245,7 +217,7 @@ def _closed_form(chosen, u, w, p, b, c, D, state, seg) -> tuple[Tensor, Tensor]:
             y = torch.zeros_like(y).scatter(1, order.unsqueeze(-1).expand_as(y), y)
     if state is not None:
         x = state.to(dtype) if seg is None else seg.forget(state.to(dtype))
-        x = forms.parts(x).transpose(0, 1)
+        x = modes.parts(x).transpose(0, 1)
         extra = system.from_state(x, length).permute(1, 2, 0)
         y = y + (extra if seg is None else documents.place(extra, seg))
         steps = length if seg is None else documents.count(seg)
@@ -253,7 +225,7 @@ def _closed_form(chosen, u, w, p, b, c, D, state, seg) -> tuple[Tensor, Tensor]:
         last = last + (old if seg is None else old.masked_fill(seg.resets.any(1).view(1, -1, 1), 0))
     if D is not None:
         y = y + D.to(real) * v
-    return (y if seg is None else seg.mask(y)).to(u.dtype), forms.whole(last.transpose(0, 1))
+    return (y if seg is None else seg.mask(y)).to(u.dtype), modes.whole(last.transpose(0, 1))
 
 
 def dplr_ssm_step(

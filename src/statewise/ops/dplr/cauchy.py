@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._backend import numba_reason, resolve, triton_reason
-from .._register import TRITON, differentiable, operator
+from .._register import TRITON, recomputing
 from .reference import inverse, project, spread
 
 
@@ -93,45 +93,22 @@ def definition(alpha: Tensor, beta: Tensor, a: Tensor, x: Tensor, length: int) -
     return cos * over(alpha, e) + sin * over(beta, g), sin * over(beta, e) - cos * over(alpha, g)
 
 
-_SCHEMA = "(Tensor alpha, Tensor beta, Tensor a, Tensor x, int length) -> (Tensor, Tensor)"
-_SCHEMA_BACKWARD = (
-    "(Tensor d_real, Tensor d_imag, Tensor alpha, Tensor beta, Tensor a, Tensor x, int length) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
 def _fake(alpha, beta, a, x, length):
     shape = (*alpha.shape[:2], length // 2 + 1)
     return alpha.new_empty(shape), alpha.new_empty(shape)
 
 
-def _fake_backward(d_real, d_imag, alpha, beta, a, x, length):
-    return tuple(t.new_empty(t.shape) for t in (alpha, beta, a, x))
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-    ctx.length = inputs[4]
-
-
-def _kernels(name: str, device):
-    forward = operator(f"cauchy_{name}{_SCHEMA}", f"statewise.ops.dplr.{name}:forward", _fake, device=device)
-    backward = operator(
-        f"cauchy_{name}_backward{_SCHEMA_BACKWARD}",
-        f"statewise.ops.dplr.{name}:backward",
-        _fake_backward,
+_numba, _triton = (
+    recomputing(
+        f"cauchy_{backend}",
+        "Tensor alpha, Tensor beta, Tensor a, Tensor x, int length",
+        2,
+        f"statewise.ops.dplr.{backend}",
+        _fake,
         device=device,
     )
-
-    def gradients(ctx, d_real, d_imag):
-        return *backward(d_real, d_imag, *ctx.saved_tensors, ctx.length), None
-
-    differentiable(forward, gradients, _save)
-    return forward
-
-
-_numba = _kernels("numba", "CPU")
-_triton = _kernels("triton", TRITON)
+    for backend, device in (("numba", "CPU"), ("triton", TRITON))
+)
 
 
 def damped(w: Tensor, p: Tensor, b: Tensor, r: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -16,17 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lti.forms import chunk_size, in_chunks
+from ..lti.modes import parts, whole
 from .reference import drift, stepper
-
-
-def parts(x: Tensor) -> Tensor:
-    """(..., N) complex as (..., 2 N) real."""
-    return torch.view_as_real(x).flatten(-2)
-
-
-def whole(x: Tensor) -> Tensor:
-    """The inverse of `parts`."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
 
 
 def _split(length: int) -> int:

@@ -12,12 +12,13 @@ from ...segments import reverse as reverse_time
 from .. import _checks, _deterministic
 from .._backend import BackendError, numba_reason, resolve
 from .._precision import no_autocast
-from .._register import differentiable, operator
+from .._register import recomputing
 from .._spec import OpSpec, Summary, register
 from . import documents, fixed, forms, reference
 from .algorithms import ALGORITHMS as ALGORITHMS  # where the laws look for it
 from .algorithms import check_algorithm
 from .convolution import convolve
+from .vandermonde import diagonal_kernel
 
 __all__ = [
     "diagonal_kernel",
@@ -133,34 +134,6 @@ def _per_document(u: Tensor, kernel: Tensor, future: Tensor | None, seg: Segment
     return y.view(B, L, D)
 
 
-def diagonal_kernel(log_a: Tensor, coeff: Tensor, length: int, *, conjugate: bool = True) -> Tensor:
-    """The kernel K_l = sum_n coeff_n exp(l log_a_n), l = 0 ... length - 1 (a Vandermonde product).
-
-    Args:
-        log_a: (D, N), natural log of the factor per step, complex or real; real part <= 0 for a stable system.
-        coeff: (..., D, N), the products c_n b_n.
-        conjugate: the modes stand for conjugate pairs of which one half is stored: twice the real part is returned.
-            False: the real part. Without effect on real modes.
-
-    Returns:
-        (..., D, length), real. About 2 sqrt(length) powers per mode are held, never (D, N, length). Phases are
-        computed in float64, so in float32 the result is within a few units of rounding times sum_n |coeff_n|.
-
-    Source: S4D (Gu et al., 2022), section 3.2; DSS (Gupta et al., 2022), Proposition 1.
-    """
-    sizes: dict[str, int] = {}
-    _checks.shape("diagonal_kernel", "log_a", log_a, ("D", "N"), sizes)
-    lead = tuple(coeff.shape[:-2])
-    _checks.shape("diagonal_kernel", "coeff", coeff, (*lead, "D", "N"), sizes)
-    _checks.same_kind("diagonal_kernel", ("log_a", log_a.real), log_a=log_a, coeff=coeff)
-    if length < 0:
-        raise ValueError(f"diagonal_kernel: length: want 0 or more, got {length}")
-    dtype = torch.promote_types(log_a.dtype, coeff.dtype)
-    with no_autocast(log_a):
-        kernel = forms.vandermonde(log_a.to(dtype), coeff.to(dtype), length)
-    return 2 * kernel if dtype.is_complex and conjugate else kernel
-
-
 # ---- diagonal state space ------------------------------------------------------------------------------------------
 
 
@@ -194,49 +167,22 @@ def _choose(algorithm: str | None, u: Tensor, seg: Segments | None) -> str:
 
 # ---- as one operator, for compilers ----------------------------------------------------------------------------------
 
-_INPUTS = (
-    "Tensor u, Tensor log_a, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
-    "bool conjugate, str? algorithm"
-)
 
-
-def _fake_forward(u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
+def _fake(u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
     dtype = reference.lift(u, log_a, b, c)[1]
     return u.new_empty(u.shape), u.new_empty((u.shape[0], *b.shape), dtype=dtype)
 
 
-def _fake_backward(dy, dlast, u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
-    return tuple(u.new_empty(0) if t is None else t.new_empty(t.shape) for t in (u, log_a, b, c, D, state))
-
-
-_forward = operator(
-    f"diagonal_ssm({_INPUTS}) -> (Tensor, Tensor)",
-    "statewise.ops.lti.whole:forward",
-    _fake_forward,
+_whole = recomputing(
+    _OP,
+    "Tensor u, Tensor log_a, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
+    "bool conjugate, str? algorithm",
+    2,
+    "statewise.ops.lti.whole",
+    _fake,
+    gradients=6,
     device="CompositeExplicitAutograd",
 )
-_backward = operator(
-    f"diagonal_ssm_backward(Tensor dy, Tensor dlast, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "statewise.ops.lti.whole:backward",
-    _fake_backward,
-    device="CompositeExplicitAutograd",
-)
-
-
-def _save(ctx, inputs, output):
-    *tensors, conjugate, algorithm = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = conjugate, algorithm
-    ctx.set_materialize_grads(True)
-
-
-def _gradients(ctx, dy, dlast):
-    tensors = ctx.saved_tensors
-    grads = _backward(dy, dlast, *tensors, *ctx.options)
-    return *(None if t is None else g for t, g in zip(tensors[:6], grads)), None, None, None, None
-
-
-differentiable(_forward, _gradients, _save)
 
 
 def diagonal_ssm(
@@ -249,6 +195,7 @@ def diagonal_ssm(
     conjugate: bool = True,
     state: Tensor | None = None,
     seg: Segments | None = None,
+    final_state: bool = True,
     algorithm: Literal["fft", "chunk", "recurrent"] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -263,11 +210,14 @@ def diagonal_ssm(
             itself and y takes the real part without the factor 2. Real modes have no such factor either way.
         state: (B, D, N), h before the first token; zeros if None.
         seg: documents and padding.
+        final_state: False where the state after the last token is not wanted, which "fft" then leaves out; anything
+            may be in its place.
         algorithm: "fft" (one kernel and one Fourier convolution; not with `seg`), "chunk" (matrix products in chunks
             of 64 tokens and states between them; serves everything), "recurrent" (token by token; with gradients its
             memory grows as (B, L, D, N)), or None: "recurrent" up to 8 tokens, "chunk" with `seg` and for long rows
             on CPU, else "fft".
-        backend: "reference" or None; all algorithms are plain PyTorch.
+        backend: "reference" or None; the algorithms are plain PyTorch around `diagonal_kernel` and `lti_conv`, which
+            choose their own.
 
     Returns:
         y (B, L, D) in the dtype of u, and the state (B, D, N) after the last token in the dtype of the computation:
@@ -296,17 +246,17 @@ def diagonal_ssm(
     if torch.compiler.is_compiling():
         check_algorithm(_OP, algorithm, seg)
         position, valid = (None, None) if seg is None else (seg.position, seg.valid)
-        return _forward(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
-    return run(u, log_a, b, c, D, conjugate, state, seg, algorithm)
+        return _whole(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
+    return run(u, log_a, b, c, D, conjugate, state, seg, algorithm, final_state)
 
 
-def run(u, log_a, b, c, D, conjugate, state, seg, algorithm) -> tuple[Tensor, Tensor]:
+def run(u, log_a, b, c, D, conjugate, state, seg, algorithm, final_state=True) -> tuple[Tensor, Tensor]:
     """`diagonal_ssm` on arguments that have been checked."""
     chosen = _choose(algorithm, u, seg)
     with no_autocast(u):
         if chosen == "recurrent" or u.shape[1] == 0:
             return reference.diagonal_ssm(u, log_a, b, c, D, conjugate=conjugate, state=state, seg=seg)
-        return closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg)
+        return closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg, final_state)
 
 
 def _refuse(reason: str | None, algorithm: str | None) -> None:
@@ -316,14 +266,18 @@ def _refuse(reason: str | None, algorithm: str | None) -> None:
         raise BackendError(f"{_OP}: inside statewise.deterministic() only a recurrence on CPU serves: {reason}")
 
 
-def closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg) -> tuple[Tensor, Tensor]:
+def closed_form(
+    chosen, u, log_a, b, c, D, conjugate, state, seg, final_state=True
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`diagonal_ssm` in the form "fft" or "chunk", on arguments that have been checked."""
     real, dtype = reference.lift(u, log_a, b, c)
     v, log_a, b, c = u.to(real), log_a.to(dtype), b.to(dtype), c.to(dtype)
     if dtype.is_complex and conjugate:
         c = 2 * c
-    if seg is None:
-        y, last = (forms.fft if chosen == "fft" else forms.chunk)(v, log_a, b, c)
+    if chosen == "fft":
+        y, last = forms.fft(v, log_a, b, c, final_state or state is not None)
+    elif seg is None:
+        y, last = forms.chunk(v, log_a, b, c)
     else:
         v = seg.mask(v)
         order, document = documents.compact(seg)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._backend import numba_reason, resolve
-from .._register import differentiable, operator
+from .._register import recomputing
 
 # Points of a transform for which the kernels keep scratch memory, 128 bytes a point, several times per thread.
 _MOST = 1 << 17
@@ -66,29 +66,10 @@ def circle(kernel: Tensor, future: Tensor | None, points: int) -> Tensor:
     return torch.cat([kernel, gap, future.flip(-1)], -1)
 
 
-_forward = operator(
-    "long_conv_numba(Tensor u, Tensor kernel, Tensor? future) -> Tensor",
-    "statewise.ops.lti.numba:forward",
+_forward = recomputing(
+    "long_conv_numba",
+    "Tensor u, Tensor kernel, Tensor? future",
+    1,
+    "statewise.ops.lti.numba",
     lambda u, kernel, future: u.new_empty(u.shape),
 )
-_backward = operator(
-    "long_conv_numba_backward(Tensor dy, Tensor u, Tensor kernel, Tensor? future) -> (Tensor, Tensor, Tensor)",
-    "statewise.ops.lti.numba:backward",
-    lambda dy, u, kernel, future: (
-        u.new_empty(u.shape),
-        kernel.new_empty(kernel.shape),
-        kernel.new_empty(0 if future is None else future.shape),
-    ),
-)
-
-
-def _save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, dy):
-    du, dkernel, dfuture = _backward(dy, *ctx.saved_tensors)
-    return du, dkernel, None if ctx.saved_tensors[2] is None else dfuture
-
-
-differentiable(_forward, _gradients, _save)

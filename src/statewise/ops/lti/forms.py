@@ -13,50 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .convolution import convolve
+from .modes import all_powers, dot_parts, parts, split, steps, whole
 from .reference import powers
+from .vandermonde import vandermonde
 
 CHUNK = 64
 
 
-def _parts(x: Tensor) -> Tensor:
-    """(..., N) complex as (..., 2N) real; real tensors stay."""
-    return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
-
-
-def _whole(x: Tensor, is_complex: bool) -> Tensor:
-    """The inverse of `_parts`."""
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2))) if is_complex else x
-
-
-def _dot_parts(x: Tensor) -> Tensor:
-    """As `_parts`, such that _parts(h) . _dot_parts(x) = Re(sum h x)."""
-    return _parts(x.conj().resolve_conj()) if x.is_complex() else x
-
-
-def _range(n: int, like: Tensor) -> Tensor:
-    return torch.arange(n, device=like.device)
-
-
 def _one(like: Tensor) -> Tensor:
     return torch.ones(1, dtype=torch.int64, device=like.device)
-
-
-def _split(length: int) -> tuple[int, int]:
-    """Q, a power of two near sqrt(length), and how many chunks of Q cover the length."""
-    Q = 1 << ((max(length, 1) - 1).bit_length() + 1) // 2
-    return Q, -(-length // Q)
-
-
-def vandermonde(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
-    """Re(sum_n coeff_n a_n^l) for l < length: log_a (D, N), coeff (..., D, N) -> (..., D, length).
-
-    Two levels: with l = q Q + r the sum is a matrix product of (coeff a^(q Q)) and a^r, so that only about
-    2 sqrt(length) powers per mode are ever held.
-    """
-    Q, chunks = _split(length)
-    left = coeff.unsqueeze(-2) * powers(log_a, _range(chunks, log_a) * Q)  # (..., D, chunks, N)
-    right = powers(log_a, _range(Q, log_a))  # (D, Q, N)
-    return (_parts(left) @ _dot_parts(right).mT).flatten(-2)[..., :length]
 
 
 def last_state(u: Tensor, log_a: Tensor, b: Tensor) -> Tensor:
@@ -65,11 +30,11 @@ def last_state(u: Tensor, log_a: Tensor, b: Tensor) -> Tensor:
     All powers have exponents >= 0 and are summed directly: nothing is divided by a small a^l.
     """
     B, D, length = u.shape
-    Q, chunks = _split(length)
+    Q, chunks = split(length)
     u = F.pad(u, (chunks * Q - length, 0)).view(B, D, chunks, Q)
-    inner = u @ _parts(powers(log_a, Q - 1 - _range(Q, log_a)) * b.unsqueeze(-2))
-    outer = powers(log_a, Q * (chunks - 1 - _range(chunks, log_a)))
-    return (_whole(inner, b.is_complex()) * outer).sum(-2)
+    inner = u @ parts(powers(log_a, Q - 1 - steps(Q, log_a)) * b.unsqueeze(-2))
+    outer = powers(log_a, Q * (chunks - 1 - steps(chunks, log_a)))
+    return (whole(inner, b.is_complex()) * outer).sum(-2)
 
 
 def from_state(log_a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
@@ -77,25 +42,21 @@ def from_state(log_a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
     return vandermonde(log_a, c * powers(log_a, _one(log_a)).squeeze(-2) * state, length)
 
 
-def fft(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """u (B, L, D) from a zero state -> y (B, L, D), last state. One document a row, no padding."""
+def fft(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, final_state: bool = True) -> tuple[Tensor, Tensor]:
+    """u (B, L, D) from a zero state -> y (B, L, D), last state. One document a row, no padding.
+
+    Where the last state is not wanted, anything is in its place.
+    """
     u = u.mT
     y = convolve(u, vandermonde(log_a, c * b, u.shape[-1]))
-    return y.mT, last_state(u, log_a, b)
+    return y.mT, last_state(u, log_a, b) if final_state else b.new_empty(len(u), *b.shape)
 
 
 def _toeplitz(kernel: Tensor, size: int, shift: int = 0) -> Tensor:
     """T[s, t] = kernel[shift + t - s], zero where that index is negative; kernel (D, K) -> (D, size, size)."""
-    at = _range(size, kernel)
+    at = steps(size, kernel)
     lag = shift + at - at.unsqueeze(1)
     return kernel[:, lag.clamp(min=0)] * (lag >= 0)
-
-
-def _all_powers(log_a: Tensor, n: int) -> Tensor:
-    """a^0 ... a^(n-1), (D, n, N), from about 2 sqrt(n) exponentials."""
-    Q, chunks = _split(n)
-    coarse, fine = powers(log_a, _range(chunks, log_a) * Q), powers(log_a, _range(Q, log_a))
-    return (coarse.unsqueeze(2) * fine.unsqueeze(1)).flatten(1, 2)[:, :n]
 
 
 def _inside(u: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
@@ -138,14 +99,14 @@ def chunk_size(length: int) -> int:
 def chunk(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, document: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """u (B, L, D) from a zero state -> y (B, L, D), last state (B, D, N); `document` as in `in_chunks`."""
     size, is_complex = chunk_size(u.shape[1]), b.is_complex()
-    a = _all_powers(log_a, size)
-    inject, emit = _parts(a.flip(1) * b.unsqueeze(-2)), a * (c * powers(log_a, _one(u)).squeeze(-2)).unsqueeze(-2)
+    a = all_powers(log_a, size)
+    inject, emit = parts(a.flip(1) * b.unsqueeze(-2)), a * (c * powers(log_a, _one(u)).squeeze(-2)).unsqueeze(-2)
     decay = powers(log_a, _one(u) * size)  # (D, 1, N)
     y, last = in_chunks(
-        u, vandermonde(log_a, c * b, size), inject, _dot_parts(emit),
-        lambda h: _parts(decay * _whole(h, is_complex)), document,
+        u, vandermonde(log_a, c * b, size), inject, dot_parts(emit),
+        lambda h: parts(decay * whole(h, is_complex)), document,
     )  # fmt: skip
-    return y, _whole(last, is_complex).transpose(0, 1)
+    return y, whole(last, is_complex).transpose(0, 1)
 
 
 def in_chunks(

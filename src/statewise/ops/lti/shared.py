@@ -12,7 +12,7 @@ from torch import Tensor
 from ...segments import Segments
 from .. import _deterministic
 from .._precision import no_autocast
-from . import _FEW, diagonal_ssm, forms, lti_conv
+from . import _FEW, diagonal_ssm, lti_conv, modes
 
 
 def shared_ssm(
@@ -34,14 +34,14 @@ def shared_ssm(
         return diagonal_ssm(u, log_a.expand_as(c), b, c, D, conjugate=False, state=state, seg=seg)
     with no_autocast(u):
         v = u.to(D.dtype) if seg is None else seg.mask(u.to(D.dtype))
-        a = forms._all_powers(log_a.unsqueeze(0), L + 1).squeeze(0)  # (L + 1, N)
-        read = forms._dot_parts(a)
-        y = lti_conv(v, forms._parts(c) @ read[:-1].mT, D, seg=seg)
-        last = _at_the_end(v, seg).mT @ forms._parts(a[:-1].flip(0))
-        last = forms._whole(last, True)
+        a = modes.all_powers(log_a.unsqueeze(0), L + 1).squeeze(0)  # (L + 1, N)
+        read = modes.dot_parts(a)
+        y = lti_conv(v, modes.parts(c) @ read[:-1].mT, D, seg=seg)
+        last = _at_the_end(v, seg).mT @ modes.parts(a[:-1].flip(0))
+        last = modes.whole(last)
         if state is not None:
             h = (state if seg is None else seg.forget(state)).to(c.dtype)
-            late = (forms._parts(c * h) @ read[1:].mT).mT
+            late = (modes.parts(c * h) @ read[1:].mT).mT
             y = y + (late if seg is None else _placed(late, seg))
             last = last + _aged(h, a, seg)
     return y.to(u.dtype), last
