@@ -21,11 +21,7 @@ OPTIONS: dict[str, list[dict]] = {
         {"n_heads": 2, "rope_dim": 2, "scale": 0.7, "out_bias": True},
         {"n_heads": 2, "n_kv_heads": 1, "d_conv": 3},
     ],
-    "bidirectional_attention": [
-        {"n_heads": 2},
-        {"n_heads": 4, "rope": False, "bias": False},
-        {"n_heads": 2, "block": 3},
-    ],
+    "bidirectional_attention": [{"n_heads": 2}, {"n_heads": 4, "rope": False, "bias": False, "block": 3}],
     "lstm": [{}],
     "linear_attention": [
         {"n_heads": 2},

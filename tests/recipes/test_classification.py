@@ -166,6 +166,20 @@ def test_the_table_fills_in_what_is_not_said():
     assert made.config()["lr"] == made.training.lr
 
 
+def test_the_transformer_is_trained_as_published():
+    for task, (steps, batch, warmup, lr) in {
+        "listops": (300_000, 32, 2_000, 1e-4),
+        "text": (50_765, 32, 2_000, 1e-4),
+        "image": (180_000, 50, 2_000, 1e-3),
+        "pathx": (1_000_000, 32, 5_000, 5e-4),
+    }.items():
+        got = tables.training(task, "transformer", "full")
+        assert (got.steps, got.batch_size, got.warmup, got.lr, got.final_lr) == (steps, batch, warmup, lr, 1.0), task
+    assert tables.training("text", "transformer", "full").weight_decay == 0.1
+    assert tables.config("text", "transformer", "full")["head"] == "mlp"
+    assert tables.config("retrieval", "transformer", "full")["head"] == "pair"
+
+
 @pytest.mark.parametrize(
     ("words", "file", "want"),
     [

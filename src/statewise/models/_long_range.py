@@ -69,20 +69,25 @@ _TRANSFORMER: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-# Tasks of which the sequences are too long for all pairs of tokens: blocks of local attention, and how they are pooled.
-_LOCAL: dict[str, dict[str, Any]] = {"pathx": {"block": 4096, "pool": "max"}}
+# What is particular to a task: two layers after pooling, or blocks of attention where a row is too long for all pairs.
+_OWN: dict[str, dict[str, Any]] = {
+    "text": {"head": "mlp"},
+    "retrieval": {"head": "pair"},
+    "image": {"head": "mlp"},
+    "pathx": {"block": 4096, "pool": "max"},
+}
 
 
 def transformer(
-    layers: int, width: int, heads: int, hidden: int, block: int | None = None, pool: str = "mean"
+    layers: int, width: int, heads: int, hidden: int, block: int | None = None, **rest: Any
 ) -> dict[str, Any]:
-    """A Transformer encoder with rotary positions; `hidden` is the inner width of its MLPs."""
+    """A Transformer encoder with rotary positions; `hidden` is the width of its MLPs, `block` of its attention."""
     return {
         "d_model": width,
         "n_layer": layers,
         "mixer": {"name": "bidirectional_attention", "n_heads": heads, **({"block": block} if block else {})},
         "mlp": {"name": "mlp", "hidden": hidden, "bias": True, "activation": "gelu"},
-        "pool": pool,
+        **rest,
     }
 
 
@@ -98,8 +103,7 @@ def config(family: str, task: str) -> dict[str, Any]:
         return _s5(*row, **rest)
     if family == "transformer":
         layers, width, heads, times = _TRANSFORMER[task]
-        made = transformer(layers, width, heads, times * width, **_LOCAL.get(task, {}))
-        return {**made, "head": "pair"} if task == "retrieval" else made
+        return transformer(layers, width, heads, times * width, **_OWN.get(task, {}))
     raise KeyError(family)
 
 
