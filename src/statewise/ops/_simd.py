@@ -215,7 +215,7 @@ def _load_wide(typingctx: Any, array: Any, offset: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _wide(builder)
-        return builder.load(_pointer(context, builder, sig.args[0], *args, _VD, 8), align=8)
+        return builder.load(_pointer(context, builder, sig.args[0], args[0], args[1], _VD, 8), align=8)
 
     return f64x16(array, types.int64), codegen
 
@@ -226,7 +226,7 @@ def _store_wide(typingctx: Any, array: Any, offset: Any, value: Any) -> Any:
         return None
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store(args[2], _pointer(context, builder, sig.args[0], *args[:2], _VD, 8), align=8)
+        builder.store(args[2], _pointer(context, builder, sig.args[0], args[0], args[1], _VD, 8), align=8)
         return context.get_dummy_value()
 
     return types.void(array, types.int64, f64x16), codegen

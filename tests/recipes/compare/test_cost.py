@@ -42,6 +42,17 @@ def test_an_op_counts_by_its_formula_and_twice_that_backward(name):
     assert 3 * cases.flops(inputs) <= total < 3.1 * cases.flops(inputs)
 
 
+def test_kernels_of_time_invariant_systems():
+    D, N, L = 3, 5, 40
+    modes = [torch.randn(D, N, dtype=torch.complex64, requires_grad=True) for _ in range(2)]
+    log_a = torch.complex(-torch.rand(D, N), torch.randn(D, N))
+    forward = 4 * D * N * L  # the real part of a complex product, for each mode and position
+    assert _counted(lambda: ops.diagonal_kernel(log_a, modes[0], L).sum().backward()) == (3 * forward, set())
+    assert _counted(lambda: ops.diagonal_kernel(-torch.rand(D, N), torch.randn(D, N), L)) == (forward // 2, set())
+    forward = 8 * D * N * (L // 2 + 1)  # four real products, for each mode and frequency
+    assert _counted(lambda: ops.cauchy(modes[1], log_a, L).abs().sum().backward()) == (3 * forward, set())
+
+
 def test_a_causal_mask_halves_attention():
     q = torch.randn(2, 3, 8, 4)
     full, _ = _counted(lambda: F.scaled_dot_product_attention(q, q, q))

@@ -59,8 +59,21 @@ def _long_conv(inputs: Any) -> int:
     return int(2.5 * rows * length * math.log2(length)) + 6 * u.numel()
 
 
+def _vandermonde(inputs: Any) -> int:
+    """The real part of a product of (..., N) coefficients with powers, for each of `length` positions."""
+    coeff = inputs["coeff"]
+    return (4 if coeff.is_complex() else 2) * coeff.numel() * inputs["length"]
+
+
+def _cauchy(inputs: Any) -> int:
+    """Four real products of (..., N) coefficients with quotients, for half of `length` frequencies."""
+    return 8 * inputs["alpha"].numel() * (inputs["length"] // 2 + 1)
+
+
 _KERNELS: dict[str, Callable[[Any], int]] = {
     "long_conv_numba": _long_conv,
+    **dict.fromkeys(("vandermonde_numba", "vandermonde_triton"), _vandermonde),
+    **dict.fromkeys(("cauchy_numba", "cauchy_triton"), _cauchy),
     **dict.fromkeys(("rms_norm_numba", "rms_norm_triton"), lambda _: 0),  # elementwise
 }
 
