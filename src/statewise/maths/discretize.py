@@ -43,7 +43,8 @@ def phi1(z: Tensor) -> Tensor:
     series = torch.ones_like(z)
     terms = _SERIES_TERMS if z.dtype in (torch.float64, torch.complex128) else _SERIES_TERMS_SINGLE
     for k in range(terms, 1, -1):
-        series = 1 + inner / k * series
+        # Not a division: PyTorch divides complex numbers by a number thirty times as slowly as it multiplies them.
+        series = 1 + inner * (1 / k) * series
     return torch.where(small, series, expm1(outer) / outer)
 
 
