@@ -41,6 +41,11 @@ def split_small(monkeypatch):
     monkeypatch.setattr("statewise.ops._numba.split_small", True)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: no process waits at the end for another that has just begun with a long one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Skips are never silent: say how many there were, and why."""
     reasons: dict[str, int] = {}

@@ -18,17 +18,12 @@ V, D, B, L = 32, 16, 2, 13
 MAMBA2 = {"name": "mamba2", "d_state": 8, "head_dim": 8}
 # Compiling is dear, so mixers that do not disturb each other share a model.
 KINDS = {
-    "s4d": {"name": "s4d", "d_state": 8},
-    "s5": {"name": "s5", "d_state": 8},
+    "ssm": [{"name": "s4d", "d_state": 8}, {"name": "s5", "d_state": 8}],
     "hybrid": [MAMBA2, {"name": "attention", "n_heads": 2, "n_kv_heads": 1}],
     "window": [{"name": "mamba", "d_state": 4}, {"name": "attention", "n_heads": 2, "window": 5}],
 }
-SEGMENTS = {
-    "none": None,
-    "packed": Segments.pack([[3, 5, 5], [13]]),
-    "left": Segments.from_lengths([9, 13], L, side="left"),
-    "right": Segments.from_lengths([9, 13], L),
-}
+# Without Segments: test_model_laws.py. A program sees documents as positions, and padding as one more tensor, if any.
+SEGMENTS = {"packed": Segments.pack([[3, 5, 5], [13]]), "left": Segments.from_lengths([9, 13], L, side="left")}
 # Compiled code may add up in another order than eager code, which is held to the same factor as a kernel.
 FACTOR = 4
 
@@ -86,24 +81,17 @@ def outputs(model, x, seg=None):
     return _real(model(x, seg), seg)
 
 
-def gradients(model, x, seg=None):
-    return torch.autograd.grad(outputs(model, x, seg).square().sum(), list(model.parameters()))
+def with_gradients(model, x, seg):
+    y = outputs(model, x, seg)
+    return y.detach(), *torch.autograd.grad(y.square().sum(), list(model.parameters()))
 
 
-@pytest.mark.parametrize("seg", ["none", "right"])
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_forward(kind, seg):
-    model, x = build(kind), tokens()
-    hold(_real(compiled(model)(x, SEGMENTS[seg]), SEGMENTS[seg]), outputs, model, x, SEGMENTS[seg])
-
-
-@pytest.mark.parametrize(("kind", "seg"), [*product(KINDS, ["packed", "left"]), ("s4", "packed")])
-def test_backward(kind, seg):
+@pytest.mark.parametrize(("kind", "seg"), [*product(KINDS, SEGMENTS), ("s4", "packed")])
+def test_forward_and_backward(kind, seg):
     model, x = build(kind), tokens()
     y = _real(compiled(model)(x, SEGMENTS[seg]), SEGMENTS[seg])
     got = torch.autograd.grad(y.square().sum(), list(model.parameters()))
-    hold(got, gradients, model, x, SEGMENTS[seg])
+    hold((y.detach(), *got), with_gradients, model, x, SEGMENTS[seg])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,7 +117,7 @@ def programs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("seg", ["none", "packed"])
+@pytest.mark.parametrize("seg", ["none", "packed, right"])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_one_program_for_all_lengths(kind, seg):
@@ -138,9 +126,9 @@ def test_one_program_for_all_lengths(kind, seg):
     run = compiled(model, dynamic=True)
     made = []
     for length in (7, 3, 65, 130):
-        pack = Segments.pack([[2, length - 2], [length]]) if seg == "packed" else None
+        pack = None if seg == "none" else Segments.pack([[1, length - 2], [length]])
         x = tokens(length)
-        hold(run(x, pack), outputs, model, x, pack)
+        hold(_real(run(x, pack), pack), outputs, model, x, pack)
         made.append(programs())
     assert made == made[:1] * len(made), "a new length made a new program"
 
@@ -177,9 +165,8 @@ def test_inductor(kind):
     fast = compiled(model, backend="inductor")
     packed = SEGMENTS["packed"]
     y = fast(x, packed)
-    hold(y.detach(), lambda *args: outputs(*args).detach(), model, x, packed)
     got = torch.autograd.grad(y.square().sum(), list(model.parameters()))
-    hold(got, gradients, model, x, packed)
+    hold((y.detach(), *got), with_gradients, model, x, packed)
 
 
 def test_the_operator_of_diagonal_ssm_is_what_it_claims():
