@@ -109,12 +109,12 @@ def test_a_mode_without_memory():
         assert_agree(ops.diagonal_ssm(**inputs, algorithm=algorithm)[0], want, algorithm)
 
 
-@pytest.mark.parametrize("length", [8, 9, 2048, 2049])
+@pytest.mark.parametrize("length", [8, 9, 2049])
 def test_automatic_choice_changes_nothing(length):
     inputs = sample(batch=1, length=length, size=(2, 2))
     state = torch.randn(1, 2, 2, dtype=torch.complex128)
     y, last = ops.diagonal_ssm(**inputs, state=state)
-    want, want_last = ops.diagonal_ssm(**inputs, state=state, algorithm="fft")
+    want, want_last = ops.diagonal_ssm(**inputs, state=state, algorithm="chunk")
     assert_agree(y, want, "y", length)
     assert_agree(last, want_last, "state", length)
 
