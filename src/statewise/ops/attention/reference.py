@@ -82,9 +82,7 @@ def layout(seg: Segments | None, ranked: bool = False) -> Layout:
 
 def _behind(valid: Tensor) -> bool:
     """Whether all padding stands at the end of its row. Asked only where the answer costs no wait for a device."""
-    if type(valid) is not Tensor or not valid.is_cpu or torch.compiler.is_compiling():
-        return False
-    return bool((valid[:, 1:] <= valid[:, :-1]).all())
+    return readable(valid) and bool((valid[:, 1:] <= valid[:, :-1]).all())
 
 
 def reorder(x: Tensor, order: Tensor | None) -> Tensor:
@@ -111,6 +109,8 @@ Range = tuple[int, int]
 def _step(sight: Sight, length: int) -> int | None:
     """Queries to attend with at a time; None for all. With blocks it is a whole number of them."""
     if sight.window is not None:
+        if known(sight.window >= length):
+            return None
         step = max(sight.window // 4, QUERIES)  # the shorter it is, the fewer keys are looked at and masked
     elif sight.block is not None:
         step = -(-QUERIES // sight.block) * sight.block

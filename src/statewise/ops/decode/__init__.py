@@ -110,8 +110,10 @@ def step(
         gradients, tracing, another back-end asked for.
 
     Raises:
-        ValueError: x or a state does not fit its layer.
+        ValueError: x or a state does not fit its layer, or there are not as many of one as of the other.
     """
+    if not layers or len(layers) != len(states):
+        raise ValueError(f"step: states: want one for each of at least one layer, got {len(states)} for {len(layers)}")
     flat = [t for state in states for t in state]
     if (
         not 0 < x.shape[0] <= ROWS
