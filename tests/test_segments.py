@@ -212,3 +212,16 @@ def test_right_padded():
     assert not Segments.continuing(2, 4).right_padded
     assert not Segments.from_valid(torch.tensor([[1, 0, 1, 0]])).right_padded
     assert Segments(torch.tensor([[0, 1, 7]]), torch.tensor([[True, True, False]])).right_padded
+
+
+def test_mask_of_rows_that_are_shared():
+    seg = Segments.from_lengths([2, 3], 4)
+    x = torch.ones(2, 4, 3)
+    assert seg[:1].mask(x)[:, 2:].sum() == 0
+    assert torch.equal(seg.mask(x[:1]), seg.mask(x))
+
+
+def test_mask_under_vmap():
+    seg, x = Segments.from_lengths([2, 3], 4), torch.randn(2, 4, 3)
+    each = torch.func.vmap(lambda y, p, v: Segments(p[None], v[None]).mask(y[None])[0])(x, seg.position, seg.valid)
+    assert torch.equal(each, seg.mask(x))

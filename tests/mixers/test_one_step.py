@@ -12,6 +12,7 @@ from statewise.blocks import ResidualBlock
 from statewise.mixers import Mamba, Mamba2
 from statewise.mixers import one_step as module
 from statewise.mixers.layers import RMSNorm
+from statewise.mixers.one_step import OneStep
 from statewise.models.language.stack import LanguageModel
 from statewise.ops import decode, use_backend
 from statewise.state import clone
@@ -255,3 +256,22 @@ def test_weights_that_do_not_fit():
     mixer.dt_proj.weight = nn.Parameter(torch.randn(32, 2))
     with torch.no_grad(), pytest.raises(ValueError, match="x_proj: want"):
         mixer.step(torch.randn(2, 16), mixer.init_state(2))
+
+
+def test_a_state_for_each_layer():
+    mixer = Mamba(16).eval()
+    with torch.no_grad():
+        layer, state = mixer.kernel(None), mixer.init_state(2)
+        with pytest.raises(ValueError, match="states: want one for each"):
+            decode.step([layer, layer], torch.randn(2, 16), [state])
+        with pytest.raises(ValueError, match="states: want one for each"):
+            decode.step([], torch.randn(2, 16), [])
+
+
+def test_where_no_kernel_serves_each_layer_is_looked_up_a_few_times(monkeypatch):
+    model = LanguageModel(17, 16, 9, mixer={"name": "mamba", "d_state": 4}).eval()
+    asked, plain = [], OneStep.kernel
+    monkeypatch.setattr(OneStep, "kernel", lambda self, norm: (asked.append(1), plain(self, norm))[1])
+    with torch.no_grad():
+        model.step(torch.zeros(17, dtype=torch.int64), model.init_state(17))
+    assert len(asked) <= 3 * 9  # of the run of layers, of a block, of its mixer

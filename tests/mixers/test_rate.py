@@ -58,7 +58,7 @@ def test_mixers_made_of_mixers():
 @pytest.mark.parametrize("name", ["mamba", "bidirectional_attention", "lstm", "liquid_s4"])
 def test_mixers_that_count_tokens_are_refused_and_nothing_is_changed(name):
     model = SequenceClassifier(2, 4, 2, channels=1, mixer=["s4d", name])
-    with pytest.raises(ValueError, match=f"rate: {type(model.layers[1].part).__name__} has no steps"):
+    with pytest.raises(ValueError, match=f"rate: {type(model.layers[1].part).__name__} offers none"):
         model.at_sampling_rate(0.5)
     assert model.layers[0].part.rate == 1.0
     with pytest.raises(ValueError, match="factor: want a positive number, got 0"):
@@ -82,3 +82,9 @@ def test_a_classifier_at_half_the_rate_is_saved_with_it(tmp_path):
     for options, message in (({}, "sampling_rate: want a positive number, got 0"), ({"positions": True}, "positions")):
         with pytest.raises(ValueError, match=message):
             SequenceClassifier(2, 8, 1, channels=1, **options).at_sampling_rate(0 if not options else 0.5)
+
+
+def test_a_mixer_in_two_places_is_changed_once():
+    mixer = mixers.create("s4d", 8, d_state=4)
+    mixers.scale_rate(torch.nn.ModuleList([torch.nn.Sequential(mixer), torch.nn.Sequential(mixer)]), 2.0)
+    assert mixer.rate == 2.0

@@ -72,6 +72,14 @@ def short_stretches(monkeypatch):
 
 
 @pytest.mark.usefixtures("short_stretches")
+@pytest.mark.parametrize("window", [21, 22, 23, 24, 50])
+def test_a_window_about_as_long_as_the_row(window):
+    q, k, v = qkv(1, 23)
+    y, _ = attention(q, k, v, window=window)
+    assert_agree(y[0], by_hand(q[0], k[0], v[0], window=window), "y", 23)
+
+
+@pytest.mark.usefixtures("short_stretches")
 @pytest.mark.parametrize("options", LOCAL, ids=str)
 def test_piece_by_piece(options):
     q, k, v = qkv(2, 23)

@@ -13,10 +13,10 @@ from torch import nn
 from .._names import check_options, unknown
 from .mlp import MLP, GatedMLP
 from .moe import MoE
-from .residual import ResidualBlock, step_together
+from .residual import ResidualBlock, alike
 from .sigmoid_moe import SigmoidMoE
 
-__all__ = ["MLP", "GatedMLP", "MoE", "ResidualBlock", "SigmoidMoE", "create", "names", "step_together"]
+__all__ = ["MLP", "GatedMLP", "MoE", "ResidualBlock", "SigmoidMoE", "alike", "create", "names"]
 
 # Registry name -> class.
 _PARTS: dict[str, type[nn.Module]] = {

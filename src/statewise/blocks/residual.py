@@ -71,19 +71,13 @@ class ResidualBlock(Causal):
         return x, state
 
 
-def step_together(
-    blocks: Sequence[ResidualBlock], x: Tensor, states: Sequence[State], seg: Segments | None
-) -> tuple[Tensor, list[State]] | None:
-    """The first few blocks at one position by one call: as `_run` of each in turn, as many as the new states.
-
-    None if they are not several of a kind that consist of a mixer alone, or no kernel serves.
-    """
-    if torch.compiler.is_compiling() or x.shape[1] != 1:
-        return None
+def alike(blocks: Sequence[ResidualBlock]) -> list[tuple[OneStep, nn.Module | None]]:
+    """Mixer and norm of the first few blocks, as far as they consist of a mixer of one kind that has a kernel for a
+    step, and nothing else; see `mixers.one_step.one_step`."""
     parts: list[tuple[OneStep, nn.Module | None]] = []
     for block in blocks:
         part = None if block.mlp is not None else block.step_part()
         if part is None or (parts and type(part[0]) is not type(parts[0][0])):
             break
         parts.append(part)
-    return one_step(parts, x, states[: len(parts)], seg) if len(parts) > 1 else None
+    return parts

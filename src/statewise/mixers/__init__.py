@@ -116,5 +116,5 @@ def scale_rate(module: Any, factor: float) -> None:
 
     if not factor > 0:
         raise ValueError(f"factor: want a positive number, got {factor}")
-    for mixer in rated(module):
+    for mixer in dict.fromkeys(rated(module)):  # a mixer may stand in several places
         mixer.rate *= factor

@@ -130,7 +130,7 @@ def rated(module: nn.Module) -> list[HasRate]:
         return [module]
     if isinstance(module, SequenceMixer) and not isinstance(module, (Bidirectional, Parallel)):
         raise ValueError(
-            f"rate: {type(module).__name__} has no steps that another sampling rate could change; want mixers such as "
+            f"rate: {type(module).__name__} offers none, so it cannot read another sampling rate; want mixers such as "
             "S4, S4D or S5"
         )
     return [mixer for child in module.children() for mixer in rated(child)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ... import blocks, mixers
 from ...mixers.base import CausalMixer
 from ...mixers.layers import RMSNorm
+from ...mixers.one_step import one_step
 from ...segments import Segments
 from ...state import State, exportable
 from .._specs import Spec, plain, spec_list
@@ -145,11 +146,13 @@ class LanguageModel(CausalLM):
         old = [None] * len(self.layers) if state is None else list(state.layers)
         new: list[State] = []
         while rest := self.blocks[len(new) :]:
-            several = blocks.step_together(rest, x, old[len(new) :], seg) if run is run_layer else None
-            if several is None:
-                x, block_state = run(rest[0]._run, x, old[len(new)], seg)
-                new.append(block_state)
-            else:
-                x, states = several
+            parts = blocks.alike(rest) if run is run_layer else []
+            together = one_step(parts, x, old[len(new) : len(new) + len(parts)], seg) if len(parts) > 1 else None
+            if together is not None:
+                x, states = together
                 new += states
+                continue
+            for block in rest[: max(len(parts), 1)]:
+                x, block_state = run(block._run, x, old[len(new)], seg)
+                new.append(block_state)
         return x, LanguageState(tuple(new))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ...segments import Segments
+from ...segments import Segments, readable
 from ...state import exportable
 from .._checks import known, undecided
 

@@ -36,7 +36,8 @@ def diagonal_kernel(
         coeff: (..., D, N), the products c_n b_n; one kernel for each of the leading axes.
         conjugate: the modes stand for conjugate pairs of which one half is stored: twice the real part is returned.
             False: the real part. Without effect on real modes.
-        backend: "triton", "numba" (both single precision), "reference" (matrix products), or None.
+        backend: "triton", "numba" (both single precision), "reference" (matrix products; second derivatives are its
+            alone), or None.
 
     Returns:
         (..., D, length), real. About 2 sqrt(length) powers per mode are held, never (D, N, length), and the kernels
