@@ -36,6 +36,7 @@ def test_a_batch_is_a_function_of_seed_and_step(make):
     assert not torch.equal(first.batch(9).tokens, first.batch(10).tokens)
     assert not torch.equal(first.batch(9).tokens, other.batch(9).tokens)
     assert all(_same(a, b) for a, b in zip(first.validation(), again.validation()))
+    assert all(_same(a, b) for a, b in zip(first.validation(), other.validation()))  # runs are validated alike
 
 
 @pytest.mark.parametrize("make", list(_makers()))
@@ -118,6 +119,9 @@ def test_the_same_row_is_hidden_differently_each_time():
     masks = [data.batch(step).tokens[..., -1][base.batch(step).targets.argsort(stable=True)] for step in range(3)]
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[1], masks[2])
+    whole = ClassifyData(toys.pixels((1, 2, 2)), 1, seed=5)  # one row only, so that the order says nothing
+    other = DenoisingData(ClassifyData(toys.pixels((1, 2, 2)), 1, seed=6), "masked", rate=0.5)
+    assert not torch.equal(DenoisingData(whole, "masked", rate=0.5).batch(0).tokens, other.batch(0).tokens)
 
 
 def test_hidden_values_are_zero_and_named_in_a_channel():

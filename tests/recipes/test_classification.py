@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from statewise import load, recipes
 from statewise.cli.errors import UserError
 from statewise.cli.run import _options
 from statewise.data.classify import ClassifyData
+from statewise.inference import load_run
 from statewise.models.classification import SequenceClassifier
 from statewise.recipes import _long_range as tables
+from statewise.recipes.best import keep_best
 from statewise.recipes.classification import _causal
 from statewise.tasks import Classification
 from statewise.testing import toys
@@ -104,6 +107,7 @@ def test_both_phases_can_be_resumed(tmp_path):
     _, run, _, rows, _ = _run("image.fashion_mnist", tmp_path / "run", **options)
     first = RunDirectory(run.path / "pretrain")
     before, weights = read_metrics(first.metrics), load(run.path).state_dict()
+    kept = before
 
     def forget(directory, step):
         for path in (directory.model, directory.results, directory.card):
@@ -117,6 +121,7 @@ def test_both_phases_can_be_resumed(tmp_path):
         forget(run, 4 if cut == "second" else 0)
         if cut == "first":
             forget(first, first.saved_steps()[-2])
+            kept = [row for row in before if row["step"] <= first.saved_steps()[-1]]
         _, _, outcome, again, _ = _run("image.fashion_mnist", tmp_path / "run", resume=True, **options)
         assert outcome.finished, cut
         assert again == rows, cut
@@ -124,6 +129,8 @@ def test_both_phases_can_be_resumed(tmp_path):
         assert [r["loss"] for r in read_metrics(first.metrics) if "loss" in r] == [
             r["loss"] for r in before if "loss" in r
         ], cut
+        # What was done already was not done again: its rows still have their times.
+        assert read_metrics(first.metrics)[: len(kept)] == kept, cut
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
@@ -133,6 +140,38 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     _, _, outcome, again, _ = _run("lra.listops", tmp_path / "run", resume=True)
     assert outcome.finished
     assert again == rows
+
+
+def test_the_kept_step_is_one_that_was_saved(tmp_path):
+    made, run, _, rows, _ = _run("lra.listops", tmp_path / "run", training=replace(SHORT, eval_every=1))
+    assert run.saved_steps() == [2, 4, 6]
+    value = max(row["val_accuracy"] for row in rows if "val_accuracy" in row and row["step"] in (2, 4, 6))
+    with open(run.metrics, "a") as file:
+        names = run.metrics.read_text().split("\n")[0].split(",")
+        file.write(",".join({"step": "3", "seconds": "9", "val_accuracy": "1.5"}.get(n, "") for n in names) + "\n")
+    step, kept = keep_best(made, run)
+    assert kept == value
+    saved, own = load_run(run.checkpoint(step)).state_dict(), made.model.state_dict()
+    assert saved.keys() == own.keys()
+    assert all(torch.equal(t, own[n]) for n, t in saved.items())
+
+
+def test_a_lower_loss_is_better(tmp_path):
+    _, run, _, _, _ = _run("image.fashion_mnist", tmp_path / "run", pretrain="masked", pretrain_steps=4)
+    inner = RunDirectory(run.path / "pretrain")
+    told = json.loads(inner.results.read_text())
+    assert told["val_loss"] == pytest.approx(min(r["val_loss"] for r in read_metrics(inner.metrics) if "val_loss" in r))
+
+
+def test_the_seed_is_that_of_weights_and_order():
+    def made(seed):
+        recipe = recipes.get("lra.listops")(d_model=8, n_layer=1, training=replace(SHORT, seed=seed))
+        return recipe.model.head.weight, recipe.data.batch(0).tokens
+
+    assert all(torch.equal(a, b) for a, b in zip(made(3), made(3)))
+    weights, tokens = zip(made(3), made(4))
+    assert not torch.equal(*weights)
+    assert not torch.equal(*tokens)
 
 
 def test_sixteen_rows_are_learned_by_heart(tmp_path):

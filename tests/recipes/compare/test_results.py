@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 from scipy import stats
@@ -9,7 +10,7 @@ from scipy import stats
 from statewise.recipes.compare import collect, tables, write_report
 from statewise.recipes.compare.comparison import Comparison
 from statewise.recipes.compare.plot import mean_curve
-from statewise.recipes.compare.results import interval, times
+from statewise.recipes.compare.results import interval, step_time, times, tune
 from statewise.training.directory import read_metrics
 
 from .conftest import comparison, diverge, finish, metrics, plan
@@ -44,6 +45,12 @@ def test_validations_are_not_training_time(tmp_path):
     at, single = times(read_metrics(path))
     assert at[-1] == pytest.approx(20.0)  # 40 steps of half a second; six seconds of validation are left out
     assert single == pytest.approx([0.5] * len(single))
+
+
+def test_slow_first_steps_say_nothing_of_the_time_of_a_step():
+    assert step_time([9.0] * 4 + [1.0] * 3 + [2.0] * 2) == 1.0
+    assert step_time([5.0, 1.0, 1.0]) == 1.0
+    assert step_time([]) is None
 
 
 def test_figures_of_a_model(whole):
@@ -94,6 +101,10 @@ def test_a_run_that_diverged_is_counted_and_left_out_of_the_mean(tmp_path):
     assert "a: 1 of 3 runs diverged" in notes
     assert "b: 3 of 3 runs are not finished" in notes
     assert report.runs[1].message == "step 21: the loss is nan"
+    for i, job in enumerate(_final(made, "b")):
+        finish(job, [0.4, 0.5], final=0.6 + i / 10)
+    (difference,) = collect(made).differences  # over the seeds that both finished
+    assert (difference.n, difference.mean) == (2, pytest.approx(-0.2))
     assert report.summaries[-1].mean is None
 
 
@@ -110,6 +121,10 @@ def test_validation_chooses_the_learning_rate_and_the_edge_is_flagged(tmp_path):
     assert (made.tuning("a").chosen, made.tuning("a").at_edge) == (1e-2, False)
     assert (made.tuning("b").chosen, made.tuning("b").at_edge) == (1e-3, True)
     assert {job.lr for job in made.final_jobs("b")} == {1e-3}
+    for values, rate in (((0.5, 0.5, 0.4), 1e-3), ((0.1, 0.5, 0.5), 1e-2)):  # of equal ones the more careful
+        runs = [replace(made.read(job), chosen=value) for job, value in zip(made.tuning_jobs("a"), values)]
+        assert tune("a", runs, lower_is_better=False).chosen == rate
+        assert tune("a", [replace(r, chosen=-r.chosen) for r in runs], lower_is_better=True).chosen == rate
     notes = "\n".join(collect(made).notes)
     assert "the last validation of each run chose" in notes
     assert "b: the best learning rate, 0.001, is at the edge of the grid" in notes
