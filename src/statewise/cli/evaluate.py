@@ -81,7 +81,7 @@ def _texts(run_dir: str, path: str | None) -> tuple[str, bytes, bytes | None]:
     from ..data.text import load_corpus, read_documents
     from ..training.directory import read_config
 
-    file = Path(run_dir) / "config.yaml"
+    file = home(run_dir) / "config.yaml"
     trained = None
     if file.is_file():
         data = read_config(file).get("data")

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..._files import NO_LOCKS
 from ...training.directory import RunDirectory
 from .plan import Job
 from .state import DIVERGED, FINISHED, last_row, state_of
 
-LOG = "log.txt"
+LOG, LOCK = "log.txt", ".lock"
 _PAUSE = 0.2  # seconds between two looks at the processes
 
 
@@ -41,14 +42,16 @@ class Lock:
     """
 
     def __init__(self, out: Path) -> None:
-        self.file = open(out / ".lock", "wb")  # noqa: SIM115
+        self.file = open(out / LOCK, "wb")  # noqa: SIM115
         try:
             import fcntl
         except ImportError:
             return  # Windows: nobody is kept out
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return  # nobody is kept out here either
             self.file.close()
             raise ValueError(f"{out}: another `statewise compare` is at work there; wait until it has ended") from None
 
