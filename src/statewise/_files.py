@@ -34,7 +34,8 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same path, a file that is made for this and stays.
 
-    However a process ends, its turn ends with it. Where the system (Windows) or the file system has no locks nobody waits.
+    However a process ends, its turn ends with it. Where the system (Windows) or the
+    file system has no locks nobody waits.
     """
     try:
         import fcntl

@@ -140,12 +140,19 @@ class Pool:
         self._signal: int | None = None
 
     def run(
-        self, title: str, jobs: Sequence[Job], done: Callable[[Job], bool], *, alone: bool = False
+        self,
+        title: str,
+        jobs: Sequence[Job],
+        done: Callable[[Job], bool],
+        *,
+        alone: bool = False,
+        told: Callable[[Job], str] = lambda job: "measured",
     ) -> dict[str, str]:
         """Do the jobs that are not done; returns {name: why} of those that ended otherwise than done or diverged.
 
         Args:
             alone: one at a time, because their time is what is wanted.
+            told: what is said of a job that is done but is no finished run.
 
         Raises:
             Stopped: by Ctrl-C or SIGTERM, after all runs have saved their states. A second signal ends them at once.
@@ -166,7 +173,7 @@ class Pool:
                         if process.popen.poll() is None:
                             self._look(process, progress)
                         else:
-                            self._ended(process, done, failed, progress)
+                            self._ended(process, done, told, failed, progress)
                             progress.advance(whole)
             finally:
                 self._kill()
@@ -191,7 +198,12 @@ class Pool:
             progress.update(self._running[process], completed=int(row.get("step", 0)), value=shown)
 
     def _ended(
-        self, process: _Process, done: Callable[[Job], bool], failed: dict[str, str], progress: Progress
+        self,
+        process: _Process,
+        done: Callable[[Job], bool],
+        told: Callable[[Job], str],
+        failed: dict[str, str],
+        progress: Progress,
     ) -> None:
         code, job = process.close(), process.job
         progress.remove_task(self._running.pop(process))
@@ -206,7 +218,7 @@ class Pool:
             spent = float(row.get("seconds", 0))
             self._say(f"{escape(job.name)}: {self.show(float(value)) if value else 'done'} in {spent:,.0f} s")
         elif code == 0 and done(job):
-            self._say(f"{escape(job.name)}: measured")
+            self._say(f"{escape(job.name)}: {told(job)}")
         else:
             why = process.complaint() if code > 0 else f"killed by signal {-code}; was there too little memory?"
             why = "ended before a step was measured" if code == 0 else why
