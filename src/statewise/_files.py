@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What flock says on a file system without locks, such as some network mounts.
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def write_atomically(path: Path, write: Callable[[str], object]) -> None:
@@ -30,7 +34,8 @@ def write_atomically(path: Path, write: Callable[[str], object]) -> None:
 def alone(path: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same path, a file that is made for this and stays.
 
-    However a process ends, its turn ends with it. Where the system has no locks (Windows) nobody waits.
+    However a process ends, its turn ends with it. Where the system (Windows) or the
+    file system has no locks nobody waits.
     """
     try:
         import fcntl
@@ -38,7 +43,11 @@ def alone(path: Path) -> Iterator[None]:
         yield
         return
     with open(path, "wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

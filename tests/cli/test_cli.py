@@ -231,6 +231,8 @@ def test_run_generate_evaluate(here, capsys):
         capsys, "evaluate", run, "--rate", "0.5"
     )
     checkpoint = os.path.join(run, "checkpoints", "step-000004.safetensors")
+    assert main(["evaluate", checkpoint]) == 0
+    assert "held-out part of t.txt" in capsys.readouterr().out
     assert main(["generate", checkpoint, "--prompt", "the ", "--tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out == first
     assert "is finished" in _error(capsys, "run", "--resume", run)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import statewise
-from statewise.cli import main
+from statewise.cli import compare, main
+from statewise.recipes.compare import Comparison
+from statewise.recipes.compare.plan import Plan
 from statewise.training.directory import read_metrics
 
 # What this process imports, other processes import too, with the kernels that it has compiled.
@@ -77,6 +79,29 @@ def test_a_directory_of_something_else_is_not_taken(here, capsys):
     (here / "c").mkdir()
     (here / "c" / "notes.txt").write_text("mine")
     assert "c exists and is not a comparison" in _error(capsys, *_arguments("--out", "c"))
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "models.json"], [".lock", ".compare.yaml.1.2.tmp"]])
+def test_what_was_killed_before_its_plan_is_begun_again(here, capsys, left, monkeypatch):
+    (here / "c").mkdir()
+    for name in left:
+        (here / "c" / name).write_text("half")
+    begun = []
+    monkeypatch.setattr(Comparison, "carry_out", lambda self, pool: begun.append(list(self.facts.models)) or {})
+    monkeypatch.setattr(compare, "_report", lambda comparison: None)
+    assert main(_arguments("--out", "c")) == 0, capsys.readouterr().err
+    assert begun == [["s4d", "attention"]]
+
+
+def test_a_typed_warmup_stays_where_models_are_added(here, monkeypatch):
+    monkeypatch.setattr(Comparison, "carry_out", lambda self, pool: {})
+    monkeypatch.setattr(compare, "_report", lambda comparison: None)
+    files = ["--warmup", "3", "--steps", "40", "--d-model", "8", "--n-layer", "1"]
+    assert main(["compare", "image.digits", "--models", "s4d", "--out", "c", *files]) == 0
+    # The steps of the table differ from model to model, and so would the warm-ups.
+    assert main(["compare", "--out", "c", "--models", "lstm"]) == 0
+    plan = Plan.read(here / "c" / "compare.yaml")
+    assert {label: own["warmup"] for label, own in plan.options.items()} == {"s4d": 3, "lstm": 3}
 
 
 def test_help_has_the_options_of_both(capsys):

@@ -10,6 +10,7 @@ import pytest
 import statewise.data.sets
 from statewise import load, recipes
 from statewise.cli import main
+from statewise.cli.evaluate import _write
 from statewise.data.classify import ClassifyData
 from statewise.data.labelled import Labelled, Split, decimated
 from statewise.recipes.label_scores import score
@@ -116,6 +117,12 @@ def test_half_the_rate_without_training_again(here, tmp_path):
     assert score(load("waves").at_sampling_rate(0.5), data.split("test"), 2).accuracy == accuracy["0.5"]
 
 
+def test_a_loss_that_is_no_number_is_null(tmp_path):
+    _write(tmp_path / "f.json", {"loss": float("nan"), "classes": [{"recall": float("inf")}], "rows": 3})
+    assert json.loads((tmp_path / "f.json").read_text()) == {"loss": None, "classes": [{"recall": None}], "rows": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
 def test_mistakes(here, capsys, tmp_path):
     (here / "empty").mkdir(exist_ok=True)
     for words, message in (
@@ -131,7 +138,9 @@ def test_mistakes(here, capsys, tmp_path):
         (["waves", "--split", "dev"], "--split: want test|validation|train, got 'dev'"),
         (["waves", "--data.path", "x.txt"], "data.path: waves is a classifier; it takes --split and --rate"),
         (["waves", "--chunk", "7"], "chunk: waves is a classifier"),
-        (["waves", "--out", "no/where.json"], "out: cannot write no/where.json"),
+        (["waves", "--out", "no/where.json"], "--out: there is no directory no"),
+        (["nowhere", "--out", "no/where.json"], "--out: there is no directory no"),  # before anything else
+        (["waves", "--rate", "1e-320"], "rate: want 1 / k"),
         (["empty"], "holds no model.safetensors"),
         (["tokens/pretrain"], "is no recipe of `statewise list`"),
     ):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from statewise.cli import main
+from statewise.cli.looking import _ids
 from statewise.models.classification import SequenceClassifier
 from statewise.models.language import LanguageModel
 
@@ -73,6 +74,11 @@ def test_without_a_picture_there_is_the_table(saved, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_random_tokens_of_classifiers_have_no_padding():
+    assert _ids(None, 3, 200, first=1).unique().tolist() == [1, 2]
+    assert _ids(None, 3, 200).unique().tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -108,6 +114,7 @@ def test_without_a_picture_there_is_the_table(saved, capsys):
             ["bidirectional", "--what", "spectrum"],
             "want a causal mixer, which has a state, got Bidirectional; its parts may have; --what memory works",
         ),
+        (["liquid_s4", "--what", "spectrum"], "--what memory works for all; or a smaller --d-model"),
         (["model", "--what", "memory", "--head", "1"], "--head: outputs are looked at as a whole"),
         (["model", "--what", "art"], "--what: want matrix|influence|impulse|transfer|spectrum|memory|state, got 'art'"),
         (["model", "--out", "m.jpg"], "--out: want a file name that ends in .png, got m.jpg"),

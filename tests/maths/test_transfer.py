@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from statewise.maths import hippo, ptd, transfer
+from statewise.maths.discretize_dense import zoh
 from statewise.testing import assert_agree
 
 F64 = torch.float64
@@ -118,3 +119,14 @@ def test_a_wave_at_the_spike_disturbs_the_normal_part_alone():
     gain = transfer.transfer(*hippo.legsd(n), first, torch.tensor([run.omega], dtype=F64)).abs().item()
     assert moved.abs().max().item() == pytest.approx(gain * height, rel=0.15)
     assert run.error("normal", noisy=True) > 1.5 * run.error("normal")
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 37])
+def test_the_first_state_is_that_of_the_recurrence(length):
+    A, B = hippo.legs(4)
+    u, x, want = torch.randn(2, length, dtype=F64), torch.zeros(2, 4, dtype=F64), []
+    power, into = zoh(A, 0.1, B)
+    for t in range(length):
+        x = x @ power.mT + u[:, t, None] * into
+        want.append(x[:, 0])
+    torch.testing.assert_close(transfer._first_state(A, B, u, 0.1), torch.stack(want, 1), rtol=1e-12, atol=1e-13)

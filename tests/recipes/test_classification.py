@@ -246,6 +246,14 @@ def test_no_negative_pace(name):
         _options("lra.listops").parse([f"--{name.replace('_', '-')}", "-3"])
 
 
+@pytest.mark.parametrize("name", ["steps", "eval_every", "checkpoint_every"])
+@pytest.mark.parametrize("recipe", ["image.digits", "language.bytes"])
+def test_no_null_pace_in_a_file(recipe, name):
+    with pytest.raises(UserError, match=f"{name}: want INT, got null"):
+        _options(recipe).parse([], {name: None})
+    assert _options(recipe).parse([], {"max_minutes": None})["training"].max_minutes is None
+
+
 def test_one_distance_stays_a_multiple_of_the_other():
     for saved, validated in ((50, 100), (100, 50), (70, 100)):
         table = {"steps": 1000, "warmup": 10, "eval_every": validated, "checkpoint_every": saved}
@@ -285,6 +293,12 @@ def test_the_transformer_of_path_x_attends_to_blocks():
         ({"model": "s6"}, "unknown model 's6'; did you mean"),
         ({"model": {"name": "bidirectional"}, "pretrain": "causal"}, "pretrain: 'causal' needs a causal mixer"),
         ({"limit_train": 100}, "limit_train: want 1 to 37 rows"),
+        ({"pretrain": "masked", "pretrain_steps": 0}, "--pretrain-steps: want at least 1, got 0"),
+        ({"pretrain": "masked", "pretrain_steps": -3}, "--pretrain-steps: want at least 1, got -3"),
+        ({"pretrain": "masked", "pretrain_lr": 0.0}, "--pretrain-lr: want a positive number, got 0.0"),
+        ({"pretrain": "causal", "pretrain_lr": -1.0}, "--pretrain-lr: want a positive number, got -1.0"),
+        ({"pretrain_steps": 5}, "--pretrain-steps: got 5 without --pretrain; want --pretrain masked"),
+        ({"pretrain_lr": 0.1}, "--pretrain-lr: got 0.1 without --pretrain"),
         ({"pretrain": "masked", "training": Training(devices=2)}, "trains on one device, got 2"),
     ],
 )

@@ -175,7 +175,7 @@ def _continued(argv: list[str]) -> tuple[Path, Plan, dict[str, Any]]:
         if models is not None:
             added = {label: spec for label, spec in parse_models(models).items() if plan.models.get(label) != spec}
             every = {**plan.options, **_all_options(plan.recipe, plan.given, added)}
-            options = equal_budget(every, next(iter(plan.models)))
+            options = equal_budget(every, next(iter(plan.models)), plan.given)
             more = replace(more, models={**plan.models, **added}, options=options)
     if jobs is not None and not jobs.isdigit():
         raise UserError(f"--jobs: want INT, got {jobs!r}")
@@ -186,9 +186,9 @@ def _continued(argv: list[str]) -> tuple[Path, Plan, dict[str, Any]]:
 
 
 def _compare(recipe: str | None, argv: list[str]) -> int:
-    from ..recipes.compare.comparison import PLAN
+    from ..recipes.compare.comparison import FACTS, PLAN
     from ..recipes.compare.plan import Plan
-    from ..recipes.compare.pool import Lock
+    from ..recipes.compare.pool import LOCK, Lock
 
     if recipe is None:
         out, plan, own = _continued(argv)
@@ -199,7 +199,9 @@ def _compare(recipe: str | None, argv: list[str]) -> int:
     if jobs < 1:
         raise UserError(f"--jobs: want at least 1, got {jobs}")
     with user_errors():
-        if out.exists() and not (out / PLAN).is_file() and any(out.iterdir()):
+        # One that was killed before its plan was written leaves these.
+        ours = {LOCK, FACTS, *(p.name for name in (FACTS, PLAN) for p in out.glob(f".{name}.*.tmp"))}
+        if out.exists() and not (out / PLAN).is_file() and any(p.name not in ours for p in out.iterdir()):
             raise UserError(f"--out: {out} exists and is not a comparison; want a new name")
         if (out / PLAN).is_file():
             plan = Plan.read(out / PLAN).extended(plan, out)
@@ -243,7 +245,8 @@ def _carry_out(out: Path, plan: Plan, jobs: int, lock: Any) -> int:
         facts = learn_facts(
             plan,
             _build,
-            Facts.read(out / FACTS) if (out / FACTS).is_file() else None,
+            # Without a plan nothing says which models they are of.
+            Facts.read(out / FACTS) if (out / FACTS).is_file() and (out / PLAN).is_file() else None,
             lambda label, fact: console.print(
                 f"{label}: {fact.description}, {fact.parameters:,} parameters, {amount(fact.flops)} FLOPs a step",
                 highlight=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -16,6 +17,14 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.code = 128 + signal
+
+
+def check_folder(option: str, out: str) -> None:
+    """Raise UserError unless there is a directory for the file `out`; to be asked before the work is done."""
+    if not Path(out).parent.is_dir():
+        raise UserError(f"{option}: there is no directory {Path(out).parent}")
+    if Path(out).is_dir():
+        raise UserError(f"{option}: want a file name, got the directory {out}")
 
 
 @contextmanager

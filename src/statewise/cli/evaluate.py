@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
 
+from .._files import write_atomically
 from ..data.text import TextOptions
-from .errors import user_errors
+from .errors import UserError, check_folder, user_errors
 from .generate import load_byte_model
 from .options import Options
 
@@ -48,6 +50,8 @@ def evaluate(
         out: a JSON file for the figures, with all digits
     """
     for_texts, for_rows = {"data.path": path, "chunk": chunk}, {"split": split, "rate": rate}
+    if out is not None:
+        check_folder("--out", out)
     with user_errors():
         classifier = _is_classifier(run_dir)
         for name, value in (for_texts if classifier else for_rows).items():
@@ -66,11 +70,20 @@ def evaluate(
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    with user_errors():
-        try:
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"out: cannot write {path}: {error.strerror}") from error
+    text = json.dumps(_without_nan(figures), indent=2, allow_nan=False) + "\n"
+    try:
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path}: {error.strerror}") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no number for the loss of a model that diverged; null stands for it."""
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- language models -----------------------------------------------------------------------------------------------
@@ -81,7 +94,7 @@ def _texts(run_dir: str, path: str | None) -> tuple[str, bytes, bytes | None]:
     from ..data.text import load_corpus, read_documents
     from ..training.directory import read_config
 
-    file = Path(run_dir) / "config.yaml"
+    file = home(run_dir) / "config.yaml"
     trained = None
     if file.is_file():
         data = read_config(file).get("data")

@@ -17,11 +17,12 @@ from .evaluate import Split, home
 from .run import parsed
 
 _CLOSE = 0.02  # a rate may be typed with two digits: 0.33 is a third
+_LEAST = 1e-9  # no row is so long
 
 
 def _every(rate: float) -> int:
     """Which values of a row are left at a rate of 1 / k: every k-th."""
-    every = round(1 / rate) if rate > 0 else 0
+    every = round(1 / rate) if rate > _LEAST else 0
     if every < 1 or abs(every * rate - 1) > _CLOSE:
         raise ValueError(f"rate: want 1 / k for a whole number k, such as 0.5 for every second value, got {rate}")
     return every

@@ -85,7 +85,7 @@ def _given(model: Any, name: str, length: int, text: str | None, tokens: str | N
     if text is not None:
         raise ValueError(f"--text: {name} does not read text")
     if isinstance(model, SequenceClassifier) and model.config["vocab_size"] is not None:
-        return _ids(numbers("tokens", tokens), model.config["vocab_size"], length)
+        return _ids(numbers("tokens", tokens), model.config["vocab_size"], length, first=1)  # 0 is padding
     if tokens is not None:
         raise ValueError(f"--tokens: {name} does not read tokens")
     return torch.randn(1, length, model.config["channels"]) if isinstance(model, SequenceClassifier) else None
@@ -160,12 +160,12 @@ def _tokens(model: Any, name: str, length: int, text: str | None, tokens: str | 
     return _ids(given, model.vocab_size, length, "text" if text is not None else "tokens")
 
 
-def _ids(given: list[int] | None, size: int, length: int, option: str = "tokens") -> Tensor:
-    """(1, L), checked; random ones if none are given."""
+def _ids(given: list[int] | None, size: int, length: int, option: str = "tokens", first: int = 0) -> Tensor:
+    """(1, L), checked; random ones, from `first` on, if none are given."""
     import torch
 
     if given is None:
-        return torch.randint(size, (1, length))
+        return torch.randint(min(first, size - 1), size, (1, length))
     bad = [i for i in given if not 0 <= i < size]
     if bad:
         raise ValueError(f"--{option}: want 0 to {size - 1}, got {bad[0]}")

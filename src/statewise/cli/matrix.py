@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .console import terminal
-from .errors import UserError, user_errors
+from .errors import UserError, check_folder, user_errors
 from .looking import Look, What, look_at, numbers
 from .options import Options
 
@@ -69,11 +69,9 @@ def matrix(
 
 def _check_out(out: str) -> None:
     """Before anything is computed."""
-    path = Path(out)
-    if path.suffix.lower() != ".png":
+    if Path(out).suffix.lower() != ".png":
         raise ValueError(f"--out: want a file name that ends in .png, got {out}")
-    if not path.parent.is_dir():
-        raise ValueError(f"--out: there is no directory {path.parent}")
+    check_folder("--out", out)
 
 
 # ---- the views: a figure (only if one is written), a table, and a line below it --------------------------------------
@@ -199,6 +197,10 @@ def _spectrum(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any
     except TypeError as error:
         why = str(error).removeprefix("spectrum: mixer: ")
         raise UserError(f"--what spectrum: {why}; --what memory works for all") from error
+    except ValueError as error:  # a state too large to linearise
+        why = str(error).removeprefix("spectrum: mixer: ")
+        instead = "--what memory works for all; or a smaller --d-model"
+        raise UserError(f"--what spectrum: {why}; {instead}") from error
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     rows = [[f"{share:.0%}", _number(value)] for share, value in zip(shares, view.quantiles(shares))]
     table = _table(look.name, ["share of the state", "forgets to 1/e within tokens"], rows)

@@ -9,7 +9,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import jsonargparse
 from jsonargparse import ArgumentParser
@@ -216,6 +216,9 @@ class Options:
         for key, value in flat.items():
             if key not in known:
                 raise UserError(f"config file: {unknown('option', key, known)}")
+            # The parser lets a null through whatever the type.
+            if value is None and not _takes_none(self._actions()[key]):
+                raise UserError(f"config file: {key}: want {self._kind(key)}, got null")
             head, _, tail = key.partition(".")
             try:
                 parsed = self.parser.parse_object({head: {tail: value}} if tail else {head: value})
@@ -235,10 +238,13 @@ class Options:
         return {k: v for k, v in values.items() if k not in HIDDEN}
 
 
+def _takes_none(action: Any) -> bool:
+    hint = getattr(action, "_typehint", None)
+    return action.default is None or hint in (None, Any) or type(None) in get_args(hint)
+
+
 def describe_type(hint: Any) -> str:
     """A word for a type in help and errors."""
-    from typing import Literal, get_args, get_origin
-
     if hint is None:
         return "TEXT"
     if get_origin(hint) is Literal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .console import terminal
-from .errors import UserError, user_errors
+from .errors import UserError, check_folder, user_errors
 from .options import Options
 
 
@@ -21,6 +21,8 @@ def ptd(n: int = 64, gamma: float = 1000.0, seed: int = 0, plot: str | None = No
     """
     if plot is not None and Path(plot).suffix.lower() != ".png":
         raise UserError(f"--plot: want a file name that ends in .png, got {plot!r}")
+    if plot is not None:
+        check_folder("--plot", plot)
     from ..maths import ptd as maths
     from ..maths.transfer import compare, disturb
 

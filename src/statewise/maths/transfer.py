@@ -165,10 +165,16 @@ def disturb(n: int, gamma: float = 1000.0, seed: int = 0, *, amplitude: float = 
 
 
 def _first_state(A: Tensor, B: Tensor, u: Tensor, dt: float) -> Tensor:
-    """State 0 of x' = A x + B u at the end of each step, as a convolution: u (..., L), held over a step -> (..., L)."""
+    """State 0 of x' = A x + B u at the end of each step, as a convolution: u (..., L), held over a step -> (..., L).
+
+    The kernel c A^k b is taken as (c A^(q R)) (A^r b) with k = q R + r: about sqrt(L) rows of n numbers each, not L.
+    """
     power, into = zoh(A, dt, B)
     length, rows = u.shape[-1], torch.eye(len(B), dtype=B.dtype, device="cpu")[:1]
-    while len(rows) < length:
+    columns = into.unsqueeze(-1)
+    while columns.shape[1] ** 2 < length:
+        columns, power = torch.cat([columns, power @ columns], 1), power @ power
+    while len(rows) * columns.shape[1] < length:
         rows, power = torch.cat([rows, rows @ power]), power @ power
-    kernel = rows[:length] @ into
+    kernel = (rows @ columns).flatten()[:length]
     return torch.fft.irfft(torch.fft.rfft(kernel, 2 * length) * torch.fft.rfft(u, 2 * length))[..., :length]

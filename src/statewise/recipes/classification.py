@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -132,6 +133,7 @@ def _classify(task: Task, training: Training, data: SetOptions, options: dict[st
     from .pretraining import prepared
 
     objective = options["pretrain"]
+    _check_first(options)
     config = _config(task, options, causal=objective == "causal")
     labelled = _prepare(task.data, options["profile"], data)
     config["n_outputs"], config["vocab_size"] = labelled.n_classes, labelled.vocab_size
@@ -151,10 +153,25 @@ def _classify(task: Task, training: Training, data: SetOptions, options: dict[st
     return Recipe(task.recipe, net, batches, made, training, options, finish_classification, before)
 
 
+def _check_first(options: Mapping[str, Any]) -> None:
+    steps, lr = options["pretrain_steps"], options["pretrain_lr"]
+    if options["pretrain"] == "none":
+        for name, value in (("steps", steps), ("lr", lr)):
+            if value is not None:
+                raise ValueError(f"--pretrain-{name}: got {value} without --pretrain; want --pretrain masked or causal")
+    if steps is not None and steps < 1:
+        raise ValueError(f"--pretrain-steps: want at least 1, got {steps}")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"--pretrain-lr: want a positive number, got {lr}")
+
+
 def _first(task: Task, training: Training, options: Mapping[str, Any]) -> Training:
     """The training before labels."""
-    steps = options["pretrain_steps"] or training.steps
-    lr = options["pretrain_lr"] or tables.pretrain_lr(task.table, _family(options["model"]), options["profile"])
+    steps, lr = options["pretrain_steps"], options["pretrain_lr"]
+    if steps is None:
+        steps = training.steps
+    if lr is None:
+        lr = tables.pretrain_lr(task.table, _family(options["model"]), options["profile"])
     every = max(steps // 10, 1)
     return replace(
         training,

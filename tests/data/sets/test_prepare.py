@@ -31,3 +31,20 @@ def test_the_first_of_several_makes_a_set(tmp_path, monkeypatch):
     assert len(found) == 4
     assert len(makers) == 1
     assert [path.name for path in sets.made()] == ["listops-small-0"]
+
+
+def test_a_set_that_is_being_replaced_is_looked_at_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("STATEWISE_DATA", str(tmp_path))
+    monkeypatch.setattr(sets, "get", lambda name: lambda *_, **__: toys.tokens())
+    sets.prepare("listops")
+    there, calls = sets._there, []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise ValueError("half of it is gone")
+        return there(*arguments)
+
+    monkeypatch.setattr(sets, "_there", once)
+    assert sets.prepare("listops").n_classes == toys.tokens().n_classes
+    assert len(calls) == 2

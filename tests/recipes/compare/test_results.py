@@ -173,14 +173,18 @@ class Visits:
     """A pool whose short runs make one step of twenty seconds a visit."""
 
     def __init__(self, end):
-        self.visits, self.end = [], end
+        self.visits, self.told, self.end = [], [], end
 
-    def run(self, title, jobs, done, *, alone=False):
+    def run(self, title, jobs, done, *, alone=False, told=None):
+        failed = {}
         for job in [job for job in jobs if not done(job)]:
             if title == "speed":
                 self.visits.append(job.model)
-                self.end(job, self.visits.count(job.model))
-        return {}
+                if self.end(job, self.visits.count(job.model)):
+                    failed[job.name] = "lost"
+                elif told is not None:
+                    self.told.append(told(job))
+        return failed
 
 
 def _step(job, n):
@@ -204,6 +208,18 @@ def test_a_short_run_that_fails_is_not_tried_twice_in_one_call(tmp_path):
     pool = Visits(lambda job, n: None)
     made.carry_out(pool)
     assert pool.visits == ["a", "b"]
+
+
+def test_a_short_run_that_fails_first_and_is_measured_then_has_not_failed(tmp_path):
+    def end(job, n):
+        _step(job, n)
+        return job.model == "a" and n == 1
+
+    made = comparison(tmp_path / "c", plan(minutes=2.0))
+    pool = Visits(end)
+    assert made.carry_out(pool) == {}
+    assert pool.visits == ["a", "b", "a", "b"]
+    assert pool.told == ["begun, to be measured in a second visit"]
 
 
 def test_a_model_that_diverges_before_it_learns_is_reported_as_diverged(tmp_path):

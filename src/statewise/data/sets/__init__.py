@@ -109,7 +109,10 @@ def prepare(
         full_only(profile)
     folder = root() / f"{name}-{profile}-{seed}"
     path = None if source is None else str(source.resolve())
-    found = _there(folder, path, verify)
+    try:
+        found = _there(folder, path, verify)
+    except (ValueError, OSError):
+        found = None  # another process may be putting a new one in its place: the look under the lock decides
     if found is not None:
         return found
     root().mkdir(parents=True, exist_ok=True)

@@ -88,9 +88,15 @@ class Comparison:
             return []
         return [self.plan.final(self.out, label, seed, lr, **budget) for seed in self.plan.seeds]
 
+    def _measured(self, job: Job) -> bool:
+        return self.budget(job.model) is not None
+
     def _begun(self, job: Job) -> bool:
         """A short run has made a step, which its next visit goes on from."""
-        return self.budget(job.model) is not None or bool(read_metrics(RunDirectory(job.path).metrics))
+        return self._measured(job) or bool(read_metrics(RunDirectory(job.path).metrics))
+
+    def _told(self, job: Job) -> str:
+        return "measured" if self._measured(job) else "begun, to be measured in a second visit"
 
     # ---- the work --------------------------------------------------------------------------------------------------
 
@@ -101,10 +107,13 @@ class Comparison:
             Stopped: by a signal.
         """
         labels = list(self.plan.models)
-        failed = pool.run("speed", self.speed_jobs(), self._begun, alone=True)
+        failed = pool.run("speed", self.speed_jobs(), self._begun, alone=True, told=self._told)
         # Where the first step took all the time, or the run was stopped before, there is no second step to measure yet.
         begun = [job for job in self.speed_jobs() if self._begun(job)]
-        failed |= pool.run("speed", begun, lambda job: self.budget(job.model) is not None, alone=True)
+        failed |= pool.run("speed", begun, self._measured, alone=True)
+        for job in begun:
+            if self._measured(job):
+                failed.pop(job.name, None)  # of its first visit
         failed |= pool.run("learning rates", [j for label in labels for j in self.tuning_jobs(label)], _ended)
         return failed | pool.run("runs", [j for label in labels for j in self.final_jobs(label)], _ended)
 

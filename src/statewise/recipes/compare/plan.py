@@ -200,7 +200,7 @@ class Plan:
         It learns next to nothing: the time of a step is the same at any learning rate, and so no rate is too high.
         """
         endless = {"steps": 10**9, "eval_every": 10**9, "checkpoint_every": 10**9, "log_every": 1, "lr": _NO_LR}
-        if "pretrain_steps" in self.options[model]:
+        if self.options[model].get("pretrain", "none") != "none":
             endless["pretrain_steps"] = 1
         config = self.config(model, self.tuning_seed, **changes, **endless, max_minutes=SPEED_MINUTES)
         return Job("speed", model, self.tuning_seed, _NO_LR, out / "speed" / model, config)

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ..._files import NO_LOCKS
 from ...training.directory import RunDirectory
 from .plan import Job
 from .state import DIVERGED, FINISHED, last_row, state_of
 
-LOG = "log.txt"
+LOG, LOCK = "log.txt", ".lock"
 _PAUSE = 0.2  # seconds between two looks at the processes
 
 
@@ -41,14 +42,16 @@ class Lock:
     """
 
     def __init__(self, out: Path) -> None:
-        self.file = open(out / ".lock", "wb")  # noqa: SIM115
+        self.file = open(out / LOCK, "wb")  # noqa: SIM115
         try:
             import fcntl
         except ImportError:
             return  # Windows: nobody is kept out
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                return  # nobody is kept out here either
             self.file.close()
             raise ValueError(f"{out}: another `statewise compare` is at work there; wait until it has ended") from None
 
@@ -137,12 +140,19 @@ class Pool:
         self._signal: int | None = None
 
     def run(
-        self, title: str, jobs: Sequence[Job], done: Callable[[Job], bool], *, alone: bool = False
+        self,
+        title: str,
+        jobs: Sequence[Job],
+        done: Callable[[Job], bool],
+        *,
+        alone: bool = False,
+        told: Callable[[Job], str] = lambda job: "measured",
     ) -> dict[str, str]:
         """Do the jobs that are not done; returns {name: why} of those that ended otherwise than done or diverged.
 
         Args:
             alone: one at a time, because their time is what is wanted.
+            told: what is said of a job that is done but is no finished run.
 
         Raises:
             Stopped: by Ctrl-C or SIGTERM, after all runs have saved their states. A second signal ends them at once.
@@ -163,7 +173,7 @@ class Pool:
                         if process.popen.poll() is None:
                             self._look(process, progress)
                         else:
-                            self._ended(process, done, failed, progress)
+                            self._ended(process, done, told, failed, progress)
                             progress.advance(whole)
             finally:
                 self._kill()
@@ -188,7 +198,12 @@ class Pool:
             progress.update(self._running[process], completed=int(row.get("step", 0)), value=shown)
 
     def _ended(
-        self, process: _Process, done: Callable[[Job], bool], failed: dict[str, str], progress: Progress
+        self,
+        process: _Process,
+        done: Callable[[Job], bool],
+        told: Callable[[Job], str],
+        failed: dict[str, str],
+        progress: Progress,
     ) -> None:
         code, job = process.close(), process.job
         progress.remove_task(self._running.pop(process))
@@ -203,7 +218,7 @@ class Pool:
             spent = float(row.get("seconds", 0))
             self._say(f"{escape(job.name)}: {self.show(float(value)) if value else 'done'} in {spent:,.0f} s")
         elif code == 0 and done(job):
-            self._say(f"{escape(job.name)}: measured")
+            self._say(f"{escape(job.name)}: {told(job)}")
         else:
             why = process.complaint() if code > 0 else f"killed by signal {-code}; was there too little memory?"
             why = "ended before a step was measured" if code == 0 else why
