@@ -12,7 +12,6 @@ import pytest
 import statewise
 from statewise.cli import compare, main
 from statewise.recipes.compare import Comparison
-from statewise.recipes.compare.plan import Plan
 from statewise.training.directory import read_metrics
 
 # What this process imports, other processes import too, with the kernels that it has compiled.
