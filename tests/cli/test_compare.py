@@ -12,7 +12,6 @@ import pytest
 import statewise
 from statewise.cli import compare, main
 from statewise.recipes.compare import Comparison
-from statewise.recipes.compare.plan import Plan
 from statewise.training.directory import read_metrics
 
 # What this process imports, other processes import too, with the kernels that it has compiled.
@@ -93,15 +92,12 @@ def test_what_was_killed_before_its_plan_is_begun_again(here, capsys, left, monk
     assert begun == [["s4d", "attention"]]
 
 
-def test_a_typed_warmup_stays_where_models_are_added(here, monkeypatch):
-    monkeypatch.setattr(Comparison, "carry_out", lambda self, pool: {})
-    monkeypatch.setattr(compare, "_report", lambda comparison: None)
-    files = ["--warmup", "3", "--steps", "40", "--d-model", "8", "--n-layer", "1"]
-    assert main(["compare", "image.digits", "--models", "s4d", "--out", "c", *files]) == 0
-    # The steps of the table differ from model to model, and so would the warm-ups.
-    assert main(["compare", "--out", "c", "--models", "lstm"]) == 0
-    plan = Plan.read(here / "c" / "compare.yaml")
-    assert {label: own["warmup"] for label, own in plan.options.items()} == {"s4d": 3, "lstm": 3}
+def test_a_typed_warmup_stays_where_models_are_added(here):
+    plan, _ = compare._planned("lra.listops", ["--models", "s4", "--profile", "full", "--warmup", "3"])
+    plan.write(here / "compare.yaml")
+    # The table gives a transformer other steps.
+    _, more, _ = compare._continued(["--out", str(here), "--models", "transformer"])
+    assert {label: own["warmup"] for label, own in more.options.items()} == {"s4": 3, "transformer": 3}
 
 
 def test_help_has_the_options_of_both(capsys):
