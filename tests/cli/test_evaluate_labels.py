@@ -134,7 +134,7 @@ def test_mistakes(here, capsys, tmp_path):
         (["waves", "--rate", "2"], "rate: want 1 / k"),
         (["waves", "--rate", "0.01"], "rate: want every 1st to 64th value"),
         (["tokens", "--rate", "0.5"], "rate: toy tokens has tokens"),
-        (["lstm", "--rate", "0.5"], "rate: LSTM has no steps"),
+        (["lstm", "--rate", "0.5"], "rate: LSTM offers none"),
         (["waves", "--split", "dev"], "--split: want test|validation|train, got 'dev'"),
         (["waves", "--data.path", "x.txt"], "data.path: waves is a classifier; it takes --split and --rate"),
         (["waves", "--chunk", "7"], "chunk: waves is a classifier"),

@@ -41,11 +41,11 @@ class Plain(TorchDispatchMode):
 def run(name: str, inputs: dict[str, Any], state: Any) -> Any:
     if name != "diagonal_ssm":
         return ops.OPS[name].run(**inputs, state=state)
-    from statewise.ops.lti import _forward  # the operator is what compilers see
+    from statewise.ops.lti import _whole  # the operator is what compilers see
 
     given = {"D": None, "conjugate": True, "state": state, "position": None, "valid": None, "algorithm": None, **inputs}
     order = ("u", "log_a", "b", "c", "D", "state", "position", "valid", "conjugate", "algorithm")
-    return _forward(*(given[name] for name in order))
+    return _whole(*(given[name] for name in order))
 
 
 @pytest.mark.parametrize("decay", ["slow", "mixed", "fast"])
