@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._tracing import untraced
+
 # Values of `Segments.marks`, the form in which kernels see a Segments.
 CONTINUE, RESET, INVALID = 0, 1, 2
 
@@ -21,13 +23,7 @@ def readable(*tensors: Tensor) -> bool:
 
     Not for what is computed, only for how: a program that is traced must not depend on the answer.
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and all(type(t) is Tensor and t.is_cpu for t in tensors)
-    )
+    return untraced() and all(type(t) is Tensor and t.is_cpu for t in tensors)
 
 
 @dataclass(frozen=True)

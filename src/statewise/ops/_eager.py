@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._tracing import untraced
 from . import _deterministic
 from ._backend import chosen
 
@@ -25,14 +26,7 @@ def plain(*args: Any) -> bool:
 def direct(*args: Any) -> bool:
     """True if the tensors among `args` are ordinary ones on CPU, none of them wants a gradient, and no mode or
     transform of PyTorch is active."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if not untraced() or torch._C._len_torch_function_stack() > 0 or torch.autograd.forward_ad._current_level >= 0:
         return False
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return False

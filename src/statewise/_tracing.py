@@ -1,0 +1,15 @@
+"""Whether what runs now is only a computation, or is also written down, transformed or replaced by PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def untraced() -> bool:
+    """No compiler, tracer, dispatch mode or transform of PyTorch is active."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
