@@ -126,6 +126,7 @@ class Attention(CausalMixer, HasMixing):
         self, x: Tensor, state: Cache | ConvKVState | None, seg: Segments | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values as they are attended with, and the state of the convolution if there is one."""
+        x = x if seg is None else seg.mask(x)
         conv, cache = state if isinstance(state, ConvKVState) else (None, state)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv1d is not None:
@@ -147,8 +148,6 @@ class Attention(CausalMixer, HasMixing):
         self, x: Tensor, state: Cache | ConvKVState | None, seg: Segments | None
     ) -> tuple[Tensor, Cache | ConvKVState]:
         check_input(self, x, self.d_model)
-        if seg is not None:
-            x = seg.mask(x)
         q, k, v, conv = self._project(x, state, seg)
         cache = state.cache if isinstance(state, ConvKVState) else state
         y, cache = attention(q, k, v, state=cache, seg=seg, window=self.window, scale=self.scale)
@@ -156,15 +155,11 @@ class Attention(CausalMixer, HasMixing):
 
     def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:
         check_input(self, x, self.d_model)
-        if seg is not None:
-            x = seg.mask(x)
         q, k, v, _ = self._project(x, None, seg)
         return self._emit(attention(q, k, v, seg=seg, window=self.window, scale=self.scale, final_state=False)[0], seg)
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)
-        if seg is not None:
-            x = seg.mask(x)
         q, k, v, _ = self._project(x, None, seg)
         dense = attention_matrix(q, k, seg=seg, window=self.window, scale=self.scale)
         v = v.repeat_interleave(self.n_heads // self.n_kv_heads, 2)
@@ -205,14 +200,12 @@ class BidirectionalAttention(SequenceMixer, HasMixing):
 
     def forward(self, x: Tensor, seg: Segments | None = None) -> Tensor:
         check_input(self, x, self.d_model)
-        x = x if seg is None else seg.mask(x)
         q, k, v, _ = self.projections._project(x, None, seg)
         y, _ = attention(q, k, v, seg=seg, causal=False, block=self.block, final_state=False)
         return self.projections._emit(y, seg)
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)
-        x = x if seg is None else seg.mask(x)
         q, k, v, _ = self.projections._project(x, None, seg)
         dense = attention_matrix(q, k, seg=seg, causal=False, block=self.block)
         return Mixing(dense, v, lambda y: self.projections._emit(y, seg))

@@ -211,7 +211,7 @@ def _small_config(task: str, family: str) -> dict[str, Any]:
     if family == "s5":
         return {**made, "mixer": {"name": "bidirectional_s5", "d_state": width, "blocks": 4}, "norm": "batch"}
     if family == "transformer":
-        block = 512 if task == "pathx" else None  # sees a tenth of 16,384 tokens, for a tenth of the time
+        block = 512 if task == "pathx" else None  # of 16,384 tokens a tenth is seen
         return {**made, **published.transformer(layers, width, max(width // 16, 1), 2 * width, block)}
     options = {"mamba": {"d_state": _STATE}, "mamba2": {"d_state": 32, "head_dim": 16}}.get(family, {})
     return {**made, "mixer": {"name": family, **options}, "norm": "rms"}
