@@ -220,8 +220,9 @@ def test_cauchy_on_triton(products, modes, length):
 # ---- memory and errors ----------------------------------------------------------------------------------------------
 
 _MEMORY = """
-import re, sys, torch
+import sys, torch
 from statewise import mixers
+from statewise.benchmarks.machine import peak_memory
 from statewise.ops.dplr import kernel
 
 kernel._NUMBERS = 1  # one channel of S4 at a time, so that what a block of them may take does not hide the rest
@@ -231,7 +232,7 @@ for length in (256, *map(int, sys.argv[2:])):  # the first one compiles
     open("/proc/self/clear_refs", "w").write("5")  # from here on the peak is that of the run
     mixer(x).sum().backward()
     if length > 256:
-        print(1024 * int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+        print(peak_memory())
 """
 
 

@@ -43,14 +43,14 @@ def test_faster_than_the_loop_of_transformers():
 
 _MEMORY = """
 import sys, torch
+from statewise.benchmarks.machine import peak_memory
 from statewise.mixers import Mamba
 torch.set_num_threads(2)
 mixer = Mamba(64, d_state=128)
 x = torch.randn(1, int(sys.argv[1]), 64)
 mixer(x[:, :256]).sum().backward()  # compile, so that the peak is that of the run
 mixer(x).sum().backward()
-# Not getrusage: a child begins with the peak of the process that forked it.
-print(next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))
+print(peak_memory())
 """
 
 
