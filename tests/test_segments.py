@@ -103,6 +103,7 @@ def test_marks_say_the_same_as_resets_and_valid(seg):
     assert torch.equal(seg.marks == RESET, valid & (seg.position == 0))
     assert torch.equal(seg.marks == CONTINUE, valid & (seg.position != 0))
     assert torch.equal(seg.document, (seg.marks == RESET).long().cumsum(1))
+    assert torch.equal(Segments.from_marks(seg.marks).marks, seg.marks)
 
 
 @given(any_segments())

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 
 
+def transformed() -> bool:
+    """A transform of torch.func, or differentiation forward, is active: PyTorch takes no operators of libraries through
+    those."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
 def untraced() -> bool:
     """No compiler, tracer, dispatch mode or transform of PyTorch is active."""
     return (

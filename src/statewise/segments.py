@@ -127,6 +127,15 @@ class Segments:
         """Rows that go on with a document from position `start` on; `start=0` begins one."""
         return cls((torch.arange(length, device=device) + start).expand(batch, length), None)
 
+    @classmethod
+    def from_marks(cls, marks: Tensor | None) -> Segments | None:
+        """A Segments with these `marks` (B, L); None for None."""
+        if marks is None:
+            return None
+        valid = marks != INVALID
+        rank = valid.long().cumsum(1)  # 1 at the first valid token, so that one which is not reset continues
+        return cls(rank - torch.where(marks == RESET, rank, 0).cummax(1).values, valid)
+
     # ---- what ops read -----------------------------------------------------------------------------------------
 
     @property

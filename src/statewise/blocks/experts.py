@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from .._tracing import transformed
 from ..ops.linear import linear
 from .mlp import activation_named
 
@@ -48,7 +49,7 @@ class RoutedExperts(nn.Module, ABC):
 
     def mix(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """The weighted sum of the chosen: x (R, D), expert and weight (R, top_k) -> (R, D)."""
-        run = self._everywhere if torch.compiler.is_compiling() else self._where_chosen
+        run = self._everywhere if torch.compiler.is_compiling() or transformed() else self._where_chosen
         return run(x, expert, weight).to(x.dtype)
 
     def _expert(self, e: int, x: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .._tracing import transformed
 from ..ops._precision import no_autocast
-from ..segments import Segments
+from ..segments import INVALID, RESET, Segments
 from ..state import exportable
 from .base import CausalMixer, check_input
 
@@ -60,7 +61,9 @@ class LSTM(CausalMixer):
         dtype = weights[0].dtype
         start = LSTMState(*(t.to(dtype) for t in state))
         with no_autocast(x):
-            if seg is None:
+            if transformed():
+                y, ends = self._by_cells(x.to(dtype), start, seg, weights)
+            elif seg is None:
                 y, *ends = torch.lstm(
                     x.to(dtype), [t[None] for t in start], weights, True, 1, 0.0, self.training, False, True
                 )
@@ -68,6 +71,23 @@ class LSTM(CausalMixer):
             else:
                 y, ends = self._documents(x.to(dtype), start, seg, weights)
         return y.to(x.dtype), LSTMState(*(end.to(t.dtype) for end, t in zip(ends, state)))
+
+    def _by_cells(
+        self, x: Tensor, state: LSTMState, seg: Segments | None, weights: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Position by position: transforms of torch.func do not go through torch.lstm."""
+        marks = None if seg is None else seg.marks[..., None]
+        # Mapped like x: a cell adds in place to what it makes of the state.
+        ends: list[Tensor] = [torch.zeros_like(x[:, 0]) + start for start in state]
+        ys = []
+        for t in range(x.shape[1]):
+            if marks is not None:
+                ends = [end.masked_fill(marks[:, t] == RESET, 0) for end in ends]
+            after = list(torch.lstm_cell(x[:, t], ends, *weights))
+            ends = after if marks is None else [torch.where(marks[:, t] == INVALID, a, b) for a, b in zip(ends, after)]
+            ys.append(ends[0])
+        y = torch.stack(ys, 1)
+        return (y if seg is None else seg.mask(y)), ends
 
     def _documents(
         self, x: Tensor, state: LSTMState, seg: Segments, weights: list[Tensor]

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 
 import torch
 
+from .._tracing import transformed
 from . import _deterministic
 
 BACKENDS = ("triton", "numba", "reference")
@@ -40,6 +41,7 @@ _has_triton = find_spec("triton") is not None
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+_TRANSFORMED = "a transform of torch.func, or forward differentiation, is active: plain PyTorch alone goes through it"
 _UNORDERED = "statewise.deterministic() is on, and the order of its additions depends on shapes"
 
 
@@ -96,7 +98,7 @@ def numba_reason(*tensors: torch.Tensor | None) -> str | None:
             return f"Numba kernels run on CPU tensors, got one on {t.device.type}"
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"Numba kernels compute in float32, got {t.dtype} (the reference keeps it)"
-    return None
+    return _TRANSFORMED if transformed() else None
 
 
 def interpreted() -> bool:
@@ -114,4 +116,6 @@ def triton_reason(*tensors: torch.Tensor | None) -> str | None:
             return f"Triton kernels run on CUDA tensors, got one on {device}"
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"Triton kernels compute in float32, got {t.dtype} (the reference keeps it)"
+    if transformed():
+        return _TRANSFORMED
     return None if _has_triton else "triton is not installed: pip install statewise[gpu]"

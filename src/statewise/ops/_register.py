@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._eager import direct
 
@@ -61,12 +62,65 @@ def differentiable(op: Any, backward: Callable, save: Callable) -> None:
     torch.library.register_autograd(op._schema.name, backward, setup_context=save, lib=_library)
 
 
+def twice_differentiable(backward: Any, outputs: int, definition: Callable, inputs: Callable = lambda *given: given):
+    """Let gradients that an operator computes be differentiated again, any number of times, in plain PyTorch.
+
+    Args:
+        backward: `(gradients of the outputs..., *given) -> gradients of the first tensors given`, an operator.
+        outputs: how many gradients of outputs it takes.
+        definition: what was differentiated, in plain PyTorch: `(*inputs)` -> that many outputs, or the one.
+        inputs: `(*given) -> inputs` where the operator is given something else in the place of an input.
+    """
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in inputs))
+        ctx.others = [None if isinstance(t, Tensor) else t for t in inputs]
+
+    def own(t):
+        """A tensor that stands for `t` in a graph of its own. What `t` was made from does not show through it."""
+        if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
+            return t
+        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+    def derive(ctx, *seconds):
+        again = torch.is_grad_enabled()
+        with torch.enable_grad():
+            given = [own(other if t is None else t) for t, other in zip(ctx.saved_tensors, ctx.others)]
+            slopes, rest = given[:outputs], given[outputs:]
+            arguments = [own(t) for t in inputs(*rest)]
+            made = definition(*arguments)
+            made = [(y, g) for y, g in zip((made,) if outputs == 1 else made, slopes) if y.requires_grad]
+            firsts = _gradients(
+                [y for y, _ in made], arguments[: len(seconds)], [g for _, g in made], create_graph=True
+            )
+            pairs = [(g, s) for g, s in zip(firsts, seconds) if s is not None and g is not None and g.requires_grad]
+            return _gradients([g for g, _ in pairs], given, [s for _, s in pairs], create_graph=again)
+
+    torch.library.register_autograd(backward._schema.name, derive, setup_context=save, lib=_library)
+
+
+def _gradients(
+    of: list[Tensor], wanted: list, slopes: list[Tensor], *, create_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """torch.autograd.grad, with None for what has no gradient and for what is not a tensor."""
+    live = [isinstance(t, Tensor) and t.requires_grad for t in wanted]
+    found = iter(
+        torch.autograd.grad(
+            of, [t for t, here in zip(wanted, live) if here], slopes, create_graph=create_graph, allow_unused=True
+        )
+        if of
+        else ()
+    )
+    return tuple(next(found, None) if here else None for here in live)
+
+
 def recomputing(
     name: str,
     inputs: str,
     outputs: int,
     module: str,
     fake: Callable,
+    definition: Callable,
     *,
     gradients: int | None = None,
     device: str | tuple[str, ...] = "CPU",
@@ -79,6 +133,7 @@ def recomputing(
         module: has `forward(*inputs)`, and `backward(*gradients of the outputs, *inputs)`, which gives a gradient for
             each tensor among the inputs, an empty one for a tensor that is absent.
         fake, device: as in `operator`.
+        definition: the same in plain PyTorch, of which further derivatives are made.
         gradients: how many of the tensors have a gradient, the first ones; all of them if None.
     """
     names = inputs.split(", ")
@@ -110,4 +165,17 @@ def recomputing(
         return *own, *[None] * (len(names) - wanted)
 
     differentiable(forward, derive, save)
+    twice_differentiable(backward, outputs, definition)
     return forward
+
+
+def recomputing_kernels(
+    name: str, inputs: str, outputs: int, modules: str, fake: Callable, definition: Callable
+) -> tuple[Any, Any]:
+    """`recomputing` for CPU and for GPU: `<name>_numba` and `<name>_triton`, from `<modules>numba` and
+    `<modules>triton`."""
+    cpu, gpu = (
+        recomputing(f"{name}_{backend}", inputs, outputs, f"{modules}{backend}", fake, definition, device=device)
+        for backend, device in (("numba", "CPU"), ("triton", TRITON))
+    )
+    return cpu, gpu

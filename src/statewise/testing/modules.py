@@ -11,9 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import state as S
 from ..mixers.base import Causal, HasImpulse, HasMixing, SequenceMixer
+from ..ops import use_backend
 from ..segments import Segments
 from .cases import generator_for, segments
 from .ops import Law
@@ -33,8 +35,11 @@ from .subject import (
     from_state_one_by_one,
     history,
     one_by_one,
+    row_by_row,
+    rows_at_once,
     run,
     shuffled,
+    slopes,
     steps,
     visible,
     whole,
@@ -77,6 +82,26 @@ def gradients_reach_everything(s: Subject) -> None:
         require(
             p.grad is not None and bool(torch.isfinite(p.grad).all()), f"{s.name}: gradient of {name} is not finite"
         )
+
+
+def second_derivatives_are_right(s: Subject) -> None:
+    """Law 9: gradients of gradients, through kernels as through plain PyTorch."""
+
+    def plainly(subject: Subject, module: nn.Module, x: Tensor) -> Outcome:
+        with use_backend("reference"):
+            return slopes(subject, module, x)
+
+    # PyTorch has no second derivatives of its fused attention.
+    with sdpa_kernel(SDPBackend.MATH):
+        compare(s, "second derivatives", plainly, {"kernels": slopes}, s.draw(2, LENGTH, "x"), wide=False)
+
+
+def transforms_agree(s: Subject) -> None:
+    """Law 9: gradients for each row by torch.func.vmap and torch.func.grad are those of one row at a time."""
+    x = s.draw(BATCH, LENGTH, "x")
+    for seg in (None, _seg("mixed")[:1]):
+        ways = {"vmap of grad": partial(rows_at_once, seg=seg)}
+        compare(s, "torch.func", partial(row_by_row, seg=seg), ways, x, grads=False)
 
 
 def empty_works(s: Subject) -> None:
@@ -296,6 +321,8 @@ _LAWS: tuple[tuple[Any, tuple[Callable[[Subject], None], ...]], ...] = (
             packed_is_separate,
             rows_commute,
             gradients_reach_everything,
+            second_derivatives_are_right,
+            transforms_agree,
             empty_works,
             half_is_finite,
             copies_are_equal,

@@ -8,6 +8,7 @@ import inspect
 import itertools
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -80,6 +81,15 @@ def check_definition(spec: OpSpec, case: Case, device: str) -> None:
             ways[f"backend {name}"] = partial(by_run, backend=name)
     compare(call, case, ways)
     _unchanged(call, f"{spec.name} {case}", before)
+
+
+def check_second_derivatives(spec: OpSpec, case: Case, device: str) -> None:
+    """Law 9, third part: gradients of gradients, by every back-end."""
+    call = draw(spec, case, device=device)
+    ways = {f"backend {name}": partial(by_run, backend=name) for name in serving(call)}
+    # An op on kernels of PyTorch says how PyTorch is asked for those that can be differentiated twice.
+    with getattr(spec.load_cases(), "TWICE", nullcontext)():
+        compare(call, case, ways, seconds=True)
 
 
 def check_step(spec: OpSpec, case: Case, device: str) -> None:
@@ -268,6 +278,8 @@ def op_laws(spec: OpSpec, *, device: str = "cpu") -> list[Law]:
     table.append(("causal", check_causal, causal))
     small = _cases(spec, length=(4,), dtype=(F64,), seg=("none", "mixed"), batch=(2,), decay=("mixed", "fast"))
     table.append(("gradcheck", check_gradcheck, small))
+    twice = _cases(spec, length=(Q + 1, 5), dtype=(F32, F64), seg=("mixed", "none"), state=("random", "none"))
+    table.append(("second derivatives", check_second_derivatives, twice))
     compiled = [Case(v, Q + 1, 2, seg=s) for v, s in zip(variants, itertools.cycle(("mixed", "none")))]
     compiled.append(Case(variants[0], Q + 1, 2, seg="mixed", dtype=F64))  # not by a kernel
     table.append(("compile", check_compile, compiled))

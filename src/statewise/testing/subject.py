@@ -267,3 +267,42 @@ def shuffled(subject: Subject, module: Any, x: Tensor, *, seg: Segments | None) 
     order = torch.roll(torch.arange(len(x)), 1)
     y = whole(subject, module, x[order], seg=None if seg is None else seg[order])["y"]
     return {"y": y[torch.argsort(order)]}
+
+
+def _weights(y: Tensor) -> Tensor:
+    """Of outputs (B, ...) in a sum, the same for each row."""
+    return torch.randn(y.shape[1:], generator=generator_for("y")).to(y.dtype)
+
+
+def slopes(subject: Subject, module: nn.Module, x: Tensor) -> Outcome:
+    """Gradients of all parameters, which can be differentiated further."""
+    parameters = dict(module.named_parameters())
+    # The square, so that second derivatives of a linear map are not zero.
+    y = module(x).square()
+    found = torch.autograd.grad((_weights(y) * y).sum(), list(parameters.values()), create_graph=True)
+    return {f"slope of {name}": g for name, g in zip(parameters, found)}
+
+
+def row_by_row(subject: Subject, module: nn.Module, x: Tensor, *, seg: Segments | None) -> Outcome:
+    """Gradients of all parameters for each row; `seg` is that of every row."""
+    with torch.enable_grad():
+        ys = [_shown(module(row[None], seg), seg) for row in x]
+        rows = [torch.autograd.grad((_weights(y) * y).sum(), list(module.parameters())) for y in ys]
+    return {f"slopes of {name}": torch.stack(parts) for (name, _), parts in zip(module.named_parameters(), zip(*rows))}
+
+
+def rows_at_once(subject: Subject, module: nn.Module, x: Tensor, *, seg: Segments | None) -> Outcome:
+    """The same by transforms."""
+    weights = _weights(module(x))
+
+    def number(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+        y = torch.func.functional_call(module, parameters, (row[None], seg))
+        return (weights * _shown(y, seg)).sum()
+
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    found = torch.func.vmap(torch.func.grad(number), (None, 0))(parameters, x)
+    return {f"slopes of {name}": g for name, g in found.items()}
+
+
+def _shown(y: Tensor, seg: Segments | None) -> Tensor:
+    return y if seg is None else seg.mask(y)

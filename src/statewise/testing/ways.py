@@ -153,7 +153,17 @@ def _results(way: Way, call: Call, probe: Call | None, state: bool) -> Outcome:
     return out
 
 
-def outcome(way: Way, call: Call, probe: Call | None, *, state: bool = True, grads: bool = True) -> Outcome:
+def _cotangents(parts: Mapping[str, Tensor]) -> list[Tensor]:
+    """Numbers that bfloat16 holds exactly, so that every dtype is asked for the same gradient."""
+    return [
+        torch.randn(t.shape, generator=generator_for(name, t.shape)).to(torch.bfloat16).to(t.dtype).to(t.device)
+        for name, t in parts.items()
+    ]
+
+
+def outcome(
+    way: Way, call: Call, probe: Call | None, *, state: bool = True, grads: bool = True, seconds: bool = False
+) -> Outcome:
     """y, the state and all gradients of `way(call)`, by name.
 
     Args:
@@ -161,28 +171,32 @@ def outcome(way: Way, call: Call, probe: Call | None, *, state: bool = True, gra
             outputs that the reference gives on them when it goes on from it.
         state: include the state that is returned.
         grads: with gradients; without, nothing is recorded, so that kernels which only decode are reached.
+        seconds: with the gradients of those gradients as well.
     """
     call, fresh = call.leaf() if grads else (call, {})
     with torch.set_grad_enabled(grads):
         out = _results(way, call, probe, state)
     if not grads:
         return out
-    live = [(name, t) for name, t in out.items() if t.requires_grad]
-    found: tuple[Tensor, ...] = tuple(torch.zeros_like(t) for t in fresh.values())
-    if live:
-        cotangents = []
-        for name, t in live:
-            # Values that bfloat16 holds exactly, so that every dtype is asked for the same gradient.
-            g = torch.randn(t.shape, generator=generator_for(name, t.shape)).to(torch.bfloat16)
-            cotangents.append(g.to(t.dtype).to(t.device))
-        found = torch.autograd.grad(
-            [t for _, t in live], list(fresh.values()), cotangents, allow_unused=True, materialize_grads=True
-        )
-    out = {name: t.detach() for name, t in out.items()}
-    return out | {f"gradient of {name}": g for name, g in zip(fresh, found)}
+
+    def differentiate(of: Outcome, what: str, **options: bool) -> Outcome:
+        live = {name: t for name, t in of.items() if t.requires_grad}
+        found: tuple[Tensor, ...] = tuple(torch.zeros_like(t) for t in fresh.values())
+        if live:
+            found = torch.autograd.grad(
+                list(live.values()), list(fresh.values()), _cotangents(live), allow_unused=True, materialize_grads=True,
+                **options,
+            )  # fmt: skip
+        return {f"{what} of {name}": g for name, g in zip(fresh, found)}
+
+    first = differentiate(out, "gradient", create_graph=seconds)
+    second = differentiate(first, "second gradient") if seconds else {}
+    return {name: t.detach() for name, t in (out | first | second).items()}
 
 
-def compare(call: Call, case: Case, ways: Mapping[str, Way], *, state: bool = True, grads: bool = True) -> None:
+def compare(
+    call: Call, case: Case, ways: Mapping[str, Way], *, state: bool = True, grads: bool = True, seconds: bool = False
+) -> None:
     """Every way agrees with the definition applied document by document in float64."""
     spec, dtype, what = call.spec, call.value.dtype, f"{call.spec.name} {case}"
     factor = float(spec.load_cases().FACTOR)
@@ -191,17 +205,17 @@ def compare(call: Call, case: Case, ways: Mapping[str, Way], *, state: bool = Tr
         following = Case(case.variant, 4, call.batch, state="none", dtype=dtype)
         probe = draw(spec, following, device=str(call.value.device))
     probe64 = None if probe is None else probe.double()
-    truth = outcome(by_documents, call.double(), probe64, state=state, grads=grads)
-    plain = outcome(by_definition, call, probe, state=state, grads=grads)
+    truth = outcome(by_documents, call.double(), probe64, state=state, grads=grads, seconds=seconds)
+    plain = outcome(by_definition, call, probe, state=state, grads=grads, seconds=seconds)
     exact, rounded = double(call.value).dtype == dtype, truth
     if not exact:
         generator = generator_for("rounding", what)
         near = call.double().map(lambda _, t: disturbed(t, generator))
-        rounded = outcome(by_documents, near, probe64, state=state, grads=grads)
+        rounded = outcome(by_documents, near, probe64, state=state, grads=grads, seconds=seconds)
     # A gradient that is zero because large terms cancel is zero only to rounding of those.
-    largest = max((scale(t) for name, t in truth.items() if name.startswith("gradient")), default=0.0)
+    largest = max((scale(t) for name, t in truth.items() if "gradient" in name), default=0.0)
     for name, way in ways.items():
-        got = outcome(way, call, probe, state=state, grads=grads)
+        got = outcome(way, call, probe, state=state, grads=grads, seconds=seconds)
         for part, want in truth.items():
             label = f"{what}: {name}: {part}"
             require(part in got, f"{label}: missing; there is {', '.join(got)}")
@@ -216,4 +230,5 @@ def compare(call: Call, case: Case, ways: Mapping[str, Way], *, state: bool = Tr
             for k in spec.timed if grads else ():
                 t = call.inputs.get(k)
                 if isinstance(t, Tensor) and f"gradient of {k}" in got and t.shape[:2] == hidden.shape:
-                    assert_zero(got[f"gradient of {k}"][hidden], f"{what}: {name}: gradient of {k} at padding")
+                    for g in (f"gradient of {k}", *([f"second gradient of {k}"] if seconds else [])):
+                        assert_zero(got[g][hidden], f"{what}: {name}: {g} at padding")

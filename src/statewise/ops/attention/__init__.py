@@ -69,6 +69,8 @@ def attention(
         ValueError: shapes that do not fit; a `KVBuffer` that would have to drop a key that is still needed (under
             torch.compile that is a RuntimeError).
 
+    PyTorch has second derivatives of this under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` only.
+
     Source: Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023; blocks: Amos et al. 2023 (arXiv
     2310.02980), appendix, for Path-X.
     """

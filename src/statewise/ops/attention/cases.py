@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 VARIANTS = ("plain", "groups", "window", "scale")
 # torch picks another kernel for each shape and mask; they sum the same products in different orders.
 FACTOR = 4.0
+# PyTorch has no second derivatives of its fused kernels.
+TWICE = partial(sdpa_kernel, SDPBackend.MATH)
 
 # How sharp the softmax is: decays near 1 correspond to an even spread, near 0 to looking at one token.
 _SHARPNESS = {"slow": 0.1, "mixed": 1.0, "fast": 3.0}

@@ -106,6 +106,11 @@ def _fake(u, w, p, b, c, D, state, position, valid, algorithm):
     return u.new_empty(u.shape), u.new_empty((u.shape[0], *b.shape), dtype=reference.lift(u)[1])
 
 
+def composite(u, w, p, b, c, D, state, position, valid, algorithm):
+    """What the operator computes."""
+    return run(u, w, p, b, c, D, state, None if position is None else Segments(position, valid), algorithm)
+
+
 _whole = recomputing(
     _OP,
     "Tensor u, Tensor w, Tensor p, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
@@ -113,6 +118,7 @@ _whole = recomputing(
     2,
     "statewise.ops.dplr.whole",
     _fake,
+    composite,
     gradients=7,
     device="CompositeExplicitAutograd",
 )

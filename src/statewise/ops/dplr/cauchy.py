@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._backend import numba_reason, resolve, triton_reason
-from .._register import TRITON, recomputing
+from .._register import recomputing_kernels
 from .reference import inverse, project, spread
 
 
@@ -98,16 +98,8 @@ def _fake(alpha, beta, a, x, length):
     return alpha.new_empty(shape), alpha.new_empty(shape)
 
 
-_numba, _triton = (
-    recomputing(
-        f"cauchy_{backend}",
-        "Tensor alpha, Tensor beta, Tensor a, Tensor x, int length",
-        2,
-        f"statewise.ops.dplr.{backend}",
-        _fake,
-        device=device,
-    )
-    for backend, device in (("numba", "CPU"), ("triton", TRITON))
+_numba, _triton = recomputing_kernels(
+    "cauchy", "Tensor alpha, Tensor beta, Tensor a, Tensor x, int length", 2, "statewise.ops.dplr.", _fake, definition
 )
 
 

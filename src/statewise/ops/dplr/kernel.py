@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..._tracing import transformed
 from .cauchy import damped, generating
 from .forms import System
 
@@ -59,16 +59,22 @@ class _Recomputed(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        (dk,), length = grads, ctx.options[0]
+        (dk,), length, again = grads, ctx.options[0], torch.is_grad_enabled()
         found, start = [], 0
         for part in _blocks(ctx.saved_tensors, length):
-            w, p, b, c = leaves = [t.detach().requires_grad_() for t in part]
             with torch.enable_grad():
+                # For second derivatives they stay in the graph of the whole; what they come from stays out of this one.
+                w, p, b, c = leaves = [
+                    t.view_as(t) if again and t.requires_grad else t.detach().requires_grad_() for t in part
+                ]
                 taps = kernel(w, p, b, c, *ctx.options)
             part_grad = dk[:, start : start + taps.shape[1]]
-            found.append(torch.autograd.grad(taps, leaves, part_grad, allow_unused=True, materialize_grads=True))
+            found.append(
+                torch.autograd.grad(
+                    taps, leaves, part_grad, create_graph=again, allow_unused=True, materialize_grads=True
+                )
+            )
             start += taps.shape[1]
         return *(torch.cat(parts, -2) for parts in zip(*found)), None, None, None
 
@@ -88,6 +94,6 @@ def recomputed(
     w: Tensor, p: Tensor, b: Tensor, c: Tensor, length: int, algorithm: str, backend: str | None
 ) -> Tensor:  # fmt: skip
     """As `kernel`. Memory of the backward pass is a constant plus what inputs and result need."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed():
         return kernel(w, p, b, c, length, algorithm, backend)
     return _Recomputed.apply(w, p, b, c, length, algorithm, backend)

@@ -5,21 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...segments import Segments
 from .._whole import gradients, owned
-
-
-def _run(u, w, p, b, c, D, state, position, valid, algorithm) -> tuple[Tensor, Tensor]:
-    from . import run
-
-    return run(u, w, p, b, c, D, state, None if position is None else Segments(position, valid), algorithm)
+from . import composite
 
 
 def forward(
     u: Tensor, w: Tensor, p: Tensor, b: Tensor, c: Tensor, D: Tensor | None, state: Tensor | None,
     position: Tensor | None, valid: Tensor | None, algorithm: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y, last = _run(u, w, p, b, c, D, state, position, valid, algorithm)
+    y, last = composite(u, w, p, b, c, D, state, position, valid, algorithm)
     return owned(y, u), last.clone(memory_format=torch.contiguous_format)
 
 
@@ -30,6 +24,6 @@ def backward(
     """Gradients of u, w, p, b, c, D and state (empty for absent inputs)."""
 
     def run(u, w, p, b, c, D, state) -> tuple[Tensor, Tensor]:
-        return _run(u, w, p, b, c, D, state, position, valid, algorithm)
+        return composite(u, w, p, b, c, D, state, position, valid, algorithm)
 
     return gradients(run, (u, w, p, b, c, D, state), (dy, dlast))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...segments import INVALID, RESET, Segments
+from ...segments import CONTINUE, INVALID, RESET, Segments
 from .. import _checks, _stretches
 from .._backend import interpreted, numba_reason, resolve, triton_reason
 from .._deterministic import token_apart
-from .._register import TRITON, differentiable, operator
+from .._register import TRITON, differentiable, operator, twice_differentiable
 from .._spec import OpSpec, Summary, register
 from . import reference
 
@@ -288,7 +288,37 @@ def _grad(ctx, dh, dlast):
     return da, dx, None if state is None else dstate, None, None
 
 
+def _spread(a: Tensor, x: Tensor) -> Tensor:
+    """`a` as `_lower` gives it, for each position and channel of x."""
+    return a.repeat_interleave(x.shape[2] // a.shape[2], 2).expand(-1, x.shape[1], -1)
+
+
+def _definition(a, x, state, marks, reverse):
+    """Of what the operators compute. Marks are those of the direction in which the recurrence runs."""
+    a = _spread(a, x)
+    if reverse:
+        a, x, marks = a.flip(1), x.flip(1), None if marks is None else marks.flip(1)
+    h, last = reference.linear_scan(a, x, state=state, seg=Segments.from_marks(marks))
+    return (h.flip(1) if reverse else h), last
+
+
+def _from_states(a, h, state, marks, reverse):
+    """The inputs of the recurrence from its states: x_t = h_t - a_t h_{t-1}, where t - 1 is the last valid position."""
+    turn = (lambda t: t.flip(1)) if reverse else (lambda t: t)
+    states, marks_ = turn(h), h.new_zeros(h.shape[:2], dtype=torch.uint8) if marks is None else turn(marks)
+    first = torch.zeros_like(states[:, :1]) if state is None else state.unsqueeze(1)
+    place = torch.arange(1, h.shape[1] + 1, device=h.device)
+    latest = torch.where(marks_ != INVALID, place, 0).cummax(1).values
+    before = torch.cat([latest.new_zeros(len(h), 1), latest], 1)[:, :-1]
+    earlier = torch.cat([first, states], 1).gather(1, before.unsqueeze(2).expand_as(states))
+    # Masked before they are multiplied: what stands at padding, or before a document, may be anything.
+    own = (marks_ != CONTINUE).unsqueeze(2)
+    carried = turn(_spread(a, h)).masked_fill(own, 0) * earlier.masked_fill(own, 0)
+    return a, turn(states - carried), state, marks, reverse
+
+
 differentiable(_forward, _grad, _save)
+twice_differentiable(_backward, 2, _definition, _from_states)
 
 
 def _fake_triton(a, x, state, marks, reverse, keep):
@@ -336,6 +366,10 @@ def _grad_triton(ctx, dh, dlast, _):
 
 
 differentiable(_triton_forward, _grad_triton, _save_triton)
+twice_differentiable(
+    _triton_backward, 2,
+    lambda a, x, state, marks, _boundaries, reverse: _definition(a, x, state, marks, reverse),
+)  # fmt: skip
 
 
 register(

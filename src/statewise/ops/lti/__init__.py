@@ -170,6 +170,12 @@ def _fake(u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
     return u.new_empty(u.shape), u.new_empty((u.shape[0], *b.shape), dtype=dtype)
 
 
+def composite(u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
+    """What the operator computes."""
+    seg = None if position is None else Segments(position, valid)
+    return run(u, log_a, b, c, D, conjugate, state, seg, algorithm)
+
+
 _whole = recomputing(
     _OP,
     "Tensor u, Tensor log_a, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
@@ -177,6 +183,7 @@ _whole = recomputing(
     2,
     "statewise.ops.lti.whole",
     _fake,
+    composite,
     gradients=6,
     device="CompositeExplicitAutograd",
 )

@@ -49,6 +49,11 @@ def convolve(u: Tensor, kernel: Tensor, backend: str | None = None, future: Tens
     future = None if future is None else future[..., : length - 1]
     if resolve("lti_conv", reasons(u, kernel), backend) == "numba":
         return _forward(u.mT, kernel, future).mT
+    return _transforms(u, kernel, future)
+
+
+def _transforms(u: Tensor, kernel: Tensor, future: Tensor | None) -> Tensor:
+    length = u.shape[-1]
     n = fast_length(least_points(length, kernel, future))
     return torch.fft.irfft(torch.fft.rfft(u, n) * torch.fft.rfft(circle(kernel, future, n), n), n)[..., :length]
 
@@ -72,4 +77,5 @@ _forward = recomputing(
     1,
     "statewise.ops.lti.numba",
     lambda u, kernel, future: u.new_empty(u.shape),
+    lambda u, kernel, future: _transforms(u.mT, kernel, future).mT,
 )

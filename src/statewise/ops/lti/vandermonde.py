@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._backend import numba_reason, resolve, triton_reason
 from .._precision import no_autocast, widen
-from .._register import TRITON, recomputing
+from .._register import recomputing_kernels
 from .modes import dot_parts, parts, split, steps
 from .reference import powers
 
@@ -36,8 +36,7 @@ def diagonal_kernel(
         coeff: (..., D, N), the products c_n b_n; one kernel for each of the leading axes.
         conjugate: the modes stand for conjugate pairs of which one half is stored: twice the real part is returned.
             False: the real part. Without effect on real modes.
-        backend: "triton", "numba" (both single precision), "reference" (matrix products; second derivatives are its
-            alone), or None.
+        backend: "triton", "numba" (both single precision), "reference" (matrix products), or None.
 
     Returns:
         (..., D, length), real. About 2 sqrt(length) powers per mode are held, never (D, N, length), and the kernels
@@ -85,14 +84,6 @@ def _fake(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
     return coeff.new_empty((*coeff.shape[:-1], length), dtype=_checks.real_dtype(coeff.dtype))
 
 
-_numba, _triton = (
-    recomputing(
-        f"vandermonde_{backend}",
-        "Tensor log_a, Tensor coeff, int length",
-        1,
-        f"statewise.ops.lti.vandermonde_{backend}",
-        _fake,
-        device=device,
-    )
-    for backend, device in (("numba", "CPU"), ("triton", TRITON))
+_numba, _triton = recomputing_kernels(
+    "vandermonde", "Tensor log_a, Tensor coeff, int length", 1, "statewise.ops.lti.vandermonde_", _fake, products
 )

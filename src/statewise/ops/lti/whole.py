@@ -5,22 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...segments import Segments
 from .._whole import gradients, owned
-
-
-def _run(u, log_a, b, c, D, state, position, valid, conjugate, algorithm) -> tuple[Tensor, Tensor]:
-    from . import run
-
-    seg = None if position is None else Segments(position, valid)
-    return run(u, log_a, b, c, D, conjugate, state, seg, algorithm)
+from . import composite
 
 
 def forward(
     u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, D: Tensor | None, state: Tensor | None, position: Tensor | None,
     valid: Tensor | None, conjugate: bool, algorithm: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y, last = _run(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
+    y, last = composite(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
     return owned(y, u), last.clone(memory_format=torch.contiguous_format)
 
 
@@ -31,6 +24,6 @@ def backward(
     """Gradients of u, log_a, b, c, D and state (empty for absent inputs); the forward pass is run once more."""
 
     def run(u, log_a, b, c, D, state) -> tuple[Tensor, Tensor]:
-        return _run(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
+        return composite(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
 
     return gradients(run, (u, log_a, b, c, D, state), (dy, dlast))

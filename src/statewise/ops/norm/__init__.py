@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
 from .._backend import numba_reason, resolve, triton_reason
 from .._checks import compute_dtype
-from .._register import TRITON, differentiable, operator
+from .._register import recomputing_kernels
 
 # A row is held in the registers of one program.
 _WIDEST = 32768
@@ -67,6 +65,10 @@ def _norm(
     chosen = resolve(op, reasons(x, z, weight, groups), backend)
     if chosen != "reference":
         return (_numba if chosen == "numba" else _triton)(x, z, weight, eps, groups)
+    return _definition(x, z, weight, eps, groups)
+
+
+def _definition(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, groups: int) -> Tensor:
     y = x.to(compute_dtype(x))
     if z is not None:
         y = y * silu(z.to(y.dtype))
@@ -78,41 +80,7 @@ def _norm(
     return (y if weight is None else y * weight).to(x.dtype)
 
 
-_INPUTS = "Tensor x, Tensor? z, Tensor? weight, float eps, int groups"
-
-
-def _fake_backward(dy, x, z, weight, eps, groups):
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, z, weight))
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.groups = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _kernels(name: str, device: str | tuple[str, ...]) -> Any:
-    module = f"statewise.ops.norm.{name}"
-    forward = operator(
-        f"rms_norm_{name}({_INPUTS}) -> Tensor",
-        f"{module}:forward",
-        lambda x, z, weight, eps, groups: x.new_empty(x.shape),
-        device=device,
-    )
-    backward = operator(
-        f"rms_norm_{name}_backward(Tensor dy, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-        f"{module}:backward",
-        _fake_backward,
-        device=device,
-    )
-
-    def gradients(ctx, dy):
-        tensors = ctx.saved_tensors
-        grads = backward(dy, *tensors, ctx.eps, ctx.groups)
-        return *(None if t is None else g for t, g in zip(tensors, grads)), None, None
-
-    differentiable(forward, gradients, _save)
-    return forward
-
-
-_numba = _kernels("numba", "CPU")
-_triton = _kernels("triton", TRITON)
+_numba, _triton = recomputing_kernels(
+    "rms_norm", "Tensor x, Tensor? z, Tensor? weight, float eps, int groups", 1, "statewise.ops.norm.",
+    lambda x, z, weight, eps, groups: x.new_empty(x.shape), _definition,
+)  # fmt: skip

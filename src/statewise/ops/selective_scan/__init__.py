@@ -14,7 +14,7 @@ from ...segments import Segments
 from .. import _checks, _deterministic, _stretches
 from .._backend import interpreted, numba_reason, resolve, triton_reason
 from .._dt import Limits, step_size
-from .._register import TRITON, differentiable, operator
+from .._register import TRITON, differentiable, operator, twice_differentiable
 from .._spec import OpSpec, Summary, register
 from . import reference
 
@@ -101,6 +101,14 @@ def reasons(**inputs) -> dict[str, str | None]:
     return {"numba": numba_reason(*tensors), "triton": gpu, "reference": None}
 
 
+def _definition(x, dt, A, B, C, D, z, dt_bias, state, marks, _boundaries, dt_softplus, low, high):
+    """Of what the operators compute, from what is given to those for gradients."""
+    return selective_scan(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=(low, high), state=state, seg=Segments.from_marks(marks),
+        backend="reference",
+    )  # fmt: skip
+
+
 # ---- the CPU kernels as operators ------------------------------------------------------------------------------------
 
 _INPUTS = (
@@ -162,6 +170,7 @@ def _gradients(ctx, dy, dlast, _):
 
 
 differentiable(_forward, _gradients, _save)
+twice_differentiable(_backward, 2, _definition)
 
 
 # ---- the GPU kernels as operators ------------------------------------------------------------------------------------
@@ -211,6 +220,7 @@ def _gradients_triton(ctx, dy, dlast, _):
 
 
 differentiable(_triton_forward, _gradients_triton, _save)
+twice_differentiable(_triton_backward, 2, _definition)
 
 
 # ---- public ----------------------------------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def selective_scan(
         algorithm: of the reference: "chunk" (default) or "recurrent" (the definition, one position at a time).
         backend: see `statewise.ops.use_backend`. "numba": float32 kernels for CPU; half precision is computed in
             float32. "triton": float32 kernels for GPUs, likewise. "reference": plain PyTorch on any device, for
-            float64, complex numbers and second derivatives.
+            float64 and complex numbers.
 
     Returns:
         y (B, L, D) in x's dtype, and the state (B, D, N) after the last position, in float32 (float64 for float64

@@ -13,7 +13,7 @@ from ...segments import Segments
 from .. import _checks
 from .._backend import numba_reason, resolve, triton_reason
 from .._deterministic import token_apart
-from .._register import TRITON, differentiable, operator
+from .._register import TRITON, operator, recomputing
 from .._spec import OpSpec, register
 from . import reference
 
@@ -236,7 +236,7 @@ def _check(
     _checks.segments(_OP, seg, x.shape[0], x.shape[1], x.device)
 
 
-def _fake_forward(x, weight, bias, state, marks, silu):
+def _fake(x, weight, bias, state, marks, silu):
     batch, _, width = x.shape
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -244,68 +244,20 @@ def _fake_forward(x, weight, bias, state, marks, silu):
     )
 
 
-def _fake_backward(dy, dlast, x, weight, bias, state, marks, silu):
-    batch, _, width = x.shape
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        weight.new_empty(weight.shape),
-        weight.new_empty(width),
-        weight.new_empty(batch, weight.shape[1] - 1, width),
-    )
-
-
-_forward = operator(
-    "short_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? marks, bool silu) -> (Tensor, Tensor)",
-    "statewise.ops.short_conv.numba:forward",
-    _fake_forward,
-)
-_backward = operator(
-    "short_conv_backward(Tensor dy, Tensor dlast, Tensor x, Tensor weight, Tensor? bias, Tensor? state, "
-    "Tensor? marks, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
-    "statewise.ops.short_conv.numba:backward",
-    _fake_backward,
-)
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _grad(ctx, dy, dlast):
-    x, weight, bias, state, marks = ctx.saved_tensors
-    dx, dweight, dbias, dstate = _backward(dy, dlast, x, weight, bias, state, marks, ctx.silu)
-    return dx, dweight, None if bias is None else dbias, None if state is None else dstate, None, None
-
-
-differentiable(_forward, _grad, _save)
+def _definition(x, weight, bias, state, marks, silu):
+    seg = Segments.from_marks(marks)
+    return short_conv(x, weight, bias, "silu" if silu else None, state=state, seg=seg, backend="reference")
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? state"
-
-
-def _fake_triton(x, weight, bias, state, marks, silu):
-    batch, _, width = x.shape
-    return x.new_empty(x.shape), x.new_empty((batch, weight.shape[1] - 1, width), dtype=torch.float32)
-
-
-def _fake_triton_backward(dy, dlast, x, weight, bias, state, marks, silu):
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, state))
-
-
-_triton_forward = operator(
-    f"short_conv_triton({_INPUTS}, Tensor? marks, bool silu) -> (Tensor, Tensor)",
-    "statewise.ops.short_conv.triton:forward",
-    _fake_triton,
-    device=TRITON,
-)
-_triton_backward = operator(
-    f"short_conv_triton_backward(Tensor dy, Tensor dlast, {_INPUTS}, Tensor? marks, bool silu) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    "statewise.ops.short_conv.triton:backward",
-    _fake_triton_backward,
-    device=TRITON,
-)
+_forward = recomputing(
+    "short_conv", f"{_INPUTS}, Tensor? marks, bool silu", 2, "statewise.ops.short_conv.numba", _fake, _definition,
+    gradients=4,
+)  # fmt: skip
+_triton_forward = recomputing(
+    "short_conv_triton", f"{_INPUTS}, Tensor? marks, bool silu", 2, "statewise.ops.short_conv.triton", _fake,
+    _definition, gradients=4, device=TRITON,
+)  # fmt: skip
 _triton_one = operator(
     f"short_conv_triton_step({_INPUTS}, bool silu) -> (Tensor, Tensor)",
     "statewise.ops.short_conv.triton:step",
@@ -316,14 +268,6 @@ _triton_one = operator(
     device=TRITON,
 )
 
-
-def _grad_triton(ctx, dy, dlast):
-    *tensors, marks = ctx.saved_tensors
-    grads = _triton_backward(dy, dlast, *tensors, marks, ctx.silu)
-    return *(None if t is None else g for t, g in zip(tensors, grads)), None, None
-
-
-differentiable(_triton_forward, _grad_triton, _save)
 
 register(
     OpSpec(

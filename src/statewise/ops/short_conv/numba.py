@@ -338,7 +338,7 @@ def backward(
     # A document start drops the slots before it, and with them the gradient.
     dstate = torch.zeros(batch, taps - 1, channels, dtype=torch.float32)
     if batch * channels == 0:
-        return dx.to(x.dtype), torch.zeros_like(weight), db.sum(0), dstate
+        return _present(dx.to(x.dtype), torch.zeros_like(weight), db.sum(0), dstate, bias, state)
     tasks, blocks, block = _plan(batch, channels)
     (flat_dy, sd), (flat, sx) = _numba.rows(dy), _numba.rows(x)
     w, b, s, m = _shared(x, weight, bias, state, marks)
@@ -347,4 +347,8 @@ def backward(
         blocks, block, length, channels, sd, sx, marks is not None, silu,
         inline=dx.numel() < _INLINE,
     )  # fmt: skip
-    return dx.to(x.dtype), dw.sum(0).t().contiguous(), db.sum(0), dstate
+    return _present(dx.to(x.dtype), dw.sum(0).t().contiguous(), db.sum(0), dstate, bias, state)
+
+
+def _present(dx, dw, db, dstate, bias, state) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return dx, dw, db if bias is not None else db.new_empty(0), dstate if state is not None else db.new_empty(0)

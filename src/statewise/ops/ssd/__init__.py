@@ -15,7 +15,7 @@ from .. import _checks, _deterministic, _stretches
 from .._backend import numba_reason, resolve, triton_reason
 from .._dt import Limits, step_size
 from .._precision import no_autocast
-from .._register import TRITON, differentiable, operator
+from .._register import TRITON, differentiable, operator, recomputing, twice_differentiable
 from .._spec import OpSpec, Summary, register
 from . import reference
 
@@ -142,6 +142,12 @@ def _gradients(ctx, dy, dlast, _):
 
 differentiable(_forward, _gradients, _save)
 differentiable(_recurrent, _gradients, _save)
+twice_differentiable(
+    _backward, 2,
+    lambda x, dt, A, B, C, D, state, marks, _boundaries, chunk: ssd(
+        x, dt, A, B, C, D, chunk_size=chunk, state=state, seg=Segments.from_marks(marks), backend="reference"
+    ),
+)  # fmt: skip
 
 
 # ---- the GPU kernels as operators ------------------------------------------------------------------------------------
@@ -155,49 +161,25 @@ def _fake_triton(x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, 
     return x.new_empty(x.shape), x.new_empty((rows, H, P, B.shape[3]), dtype=torch.float32)
 
 
-def _fake_triton_backward(dy, dlast, x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, chunk):
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, dt, A, B, C, D, z, dt_bias, state))
-
-
 def _fake_triton_step(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus, low, high):
     return x.new_empty(x.shape), x.new_empty((*x.shape, B.shape[2]), dtype=torch.float32)
 
 
-_triton_forward = operator(
-    f"ssd_triton({_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk) -> (Tensor, Tensor)",
-    "statewise.ops.ssd.triton:forward",
+_triton_forward = recomputing(
+    "ssd_triton", f"{_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk", 2, "statewise.ops.ssd.triton",
     _fake_triton,
-    device=TRITON,
-)
-_triton_backward = operator(
-    f"ssd_triton_backward(Tensor dy, Tensor dlast, {_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "statewise.ops.ssd.triton:backward",
-    _fake_triton_backward,
-    device=TRITON,
-)
+    lambda x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, chunk: ssd(
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, chunk, dt_limit=(low, high), state=state,
+        seg=Segments.from_marks(marks), backend="reference",
+    ),
+    gradients=9, device=TRITON,
+)  # fmt: skip
 _triton_one = operator(
     f"ssd_triton_step({_GPU_INPUTS}, {_GPU_OPTIONS}) -> (Tensor, Tensor)",
     "statewise.ops.ssd.triton:step",
     _fake_triton_step,
     device=TRITON,
 )
-
-
-def _save_triton(ctx, inputs, output):
-    *tensors, dt_softplus, low, high, chunk = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.options = dt_softplus, low, high, chunk
-    ctx.set_materialize_grads(True)
-
-
-def _gradients_triton(ctx, dy, dlast):
-    tensors = ctx.saved_tensors
-    grads = _triton_backward(dy, dlast, *tensors, *ctx.options)
-    return *(None if t is None else g for t, g in zip(tensors, grads)), None, None, None, None, None
-
-
-differentiable(_triton_forward, _gradients_triton, _save_triton)
 
 
 def _on_gpu(
@@ -262,7 +244,7 @@ def ssd(
         algorithm: "chunk" (default) or "recurrent" (the definition, one position at a time).
         backend: see `statewise.ops.use_backend`. "numba": float32 kernels for CPU; half precision is computed in
             float32. "triton": kernels for GPUs; half precision is multiplied as such, added up in float32, and states
-            keep the digits of float32. "reference": plain PyTorch on any device, for float64 and second derivatives.
+            keep the digits of float32. "reference": plain PyTorch on any device, for float64.
 
     Returns:
         y (B, L, H, P) in x's dtype, and the state (B, H, P, N) after the last position, in float32 (float64 for
