@@ -162,6 +162,13 @@ def test_help_does_not_wait_for_torch(arguments):
     assert "statewise" in done.stdout
 
 
+def test_as_a_module():
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    command = [sys.executable, "-m", "statewise", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.startswith("statewise ")
+
+
 @pytest.mark.parametrize("recipe", ["language.bytes", "probes.mqar", "probes.selective_copying"])
 def test_help_of_a_recipe_has_every_option_on_lines_that_fit(capsys, recipe):
     assert main(["run", recipe, "--help"]) == 0

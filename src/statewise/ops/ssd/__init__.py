@@ -169,7 +169,7 @@ _triton_forward = recomputing(
     "ssd_triton", f"{_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk", 2, "statewise.ops.ssd.triton",
     _fake_triton,
     lambda x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, chunk: ssd(
-        x, dt, A, B, C, D, z, dt_bias, dt_softplus, chunk, dt_limit=(low, high), state=state,
+        x, dt, A, B, C, D, z, dt_bias, dt_softplus, chunk or None, dt_limit=(low, high), state=state,
         seg=Segments.from_marks(marks), backend="reference",
     ),
     gradients=9, device=TRITON,
