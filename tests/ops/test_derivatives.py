@@ -1,4 +1,4 @@
-"""Derivatives of higher order, and transforms of torch.func, of what kernels compute. (Ops with laws have them there.)"""
+"""Derivatives of higher order, and transforms of torch.func, of what kernels compute (ops with laws: there too)."""
 
 from functools import partial
 
@@ -7,6 +7,7 @@ import torch
 
 from statewise import ops
 from statewise.ops._backend import interpreted
+from statewise.ops.lti.moments import moments
 from statewise.testing import assert_agree, assert_no_worse, op_laws
 from statewise.testing.cases import generator_for
 from statewise.testing.tolerance import double
@@ -24,8 +25,17 @@ def cplx(*shape):
     return normal(*shape, dtype=torch.complex64)
 
 
+def through(backend, function, *inputs):
+    with ops.use_backend(backend):
+        return function(*inputs)
+
+
 CALLS = {
     "diagonal_kernel": (partial(ops.diagonal_kernel, length=30), lambda: (poles(4, 3), cplx(2, 4, 3))),
+    "moments": (
+        lambda u, log_a, backend: through(backend, moments, u, log_a),
+        lambda: (normal(2, 30, 4), poles(4, 3)),
+    ),
     "cauchy": (partial(ops.cauchy, length=16), lambda: (cplx(2, 4, 3), poles(4, 3))),
     "rms_norm": (ops.rms_norm, lambda: (normal(2, 5, 8), normal(8))),
     "gated_rms_norm": (ops.gated_rms_norm, lambda: (normal(2, 5, 8), normal(5, 2, 8).transpose(0, 1), normal(8))),

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .convolution import convolve
-from .modes import all_powers, dot_parts, parts, split, steps, whole
+from .modes import all_powers, dot_parts, parts, steps, whole
+from .moments import moments
 from .reference import powers
 from .vandermonde import vandermonde
 
@@ -22,19 +23,6 @@ CHUNK = 64
 
 def _one(like: Tensor) -> Tensor:
     return torch.ones(1, dtype=torch.int64, device=like.device)
-
-
-def last_state(u: Tensor, log_a: Tensor, b: Tensor) -> Tensor:
-    """The state after a row that began at zero: u (B, D, L) -> sum_s a^(L-1-s) b u_s, (B, D, N).
-
-    All powers have exponents >= 0 and are summed directly: nothing is divided by a small a^l.
-    """
-    B, D, length = u.shape
-    Q, chunks = split(length)
-    u = F.pad(u, (chunks * Q - length, 0)).view(B, D, chunks, Q)
-    inner = u @ parts(powers(log_a, Q - 1 - steps(Q, log_a)) * b.unsqueeze(-2))
-    outer = powers(log_a, Q * (chunks - 1 - steps(chunks, log_a)))
-    return (whole(inner, b.is_complex()) * outer).sum(-2)
 
 
 def from_state(log_a: Tensor, c: Tensor, state: Tensor, length: int) -> Tensor:
@@ -47,9 +35,8 @@ def fft(u: Tensor, log_a: Tensor, b: Tensor, c: Tensor, final_state: bool = True
 
     Where the last state is not wanted, anything is in its place.
     """
-    u = u.mT
-    y = convolve(u, vandermonde(log_a, c * b, u.shape[-1]))
-    return y.mT, last_state(u, log_a, b) if final_state else b.new_empty(len(u), *b.shape)
+    y = convolve(u.mT, vandermonde(log_a, c * b, u.shape[1])).mT
+    return y, b * moments(u, log_a) if final_state else b.new_empty(len(u), *b.shape)
 
 
 def _toeplitz(kernel: Tensor, size: int, shift: int = 0) -> Tensor:

@@ -20,9 +20,9 @@ from .._simd import LANES, fill, load, load_wide, multiply_add, narrow, put, sto
 from .modes import split
 
 _F = np.float32
-_GROUP = 2 * LANES
+GROUP = 2 * LANES
 # What `_walk` works on: p of a group from 0 on, the factor z from here on; real parts, then imaginary parts.
-_FACTOR = _GROUP
+_FACTOR = GROUP
 # exp of anything below this is zero, also in float64.
 _NOTHING = -2000.0
 
@@ -64,18 +64,18 @@ def _walk(walk, count, table, at, gap, stride):
 
 
 @common.kernel
-def _fine(log_a, first, N, Q, walk, table, ends):
+def fine_powers(log_a, first, N, Q, walk, table, ends):
     """a^r for r < Q of one channel, (groups, 2, Q, LANES), and a^Q, (groups, 2, LANES)."""
     for n in range(0, N, LANES):
         _begin(walk, _FACTOR, log_a, first + 2 * n, N - n, 1.0)
         _exponentials(walk, N - n)
         _walk(walk, Q, table, 2 * n * Q, Q * LANES, LANES)
-        for j in range(_GROUP):
+        for j in range(GROUP):
             ends[2 * n + j] = walk[j]
 
 
 @common.kernel
-def _coarse(walk, ends, n, sign, chunks, table, wide):
+def coarse_powers(walk, ends, n, sign, chunks, table, wide):
     """p a^(q Q) for q < chunks of the group that begins with mode n, in rows of `wide` numbers; p stands in `walk`.
 
     With sign -1, a is conjugated.
@@ -107,12 +107,12 @@ def _product(left, wide, chunks, right, Q, out, first, length):
 
 @common.kernel
 def _forward(start, stop, worker, log_a, coeff, K, D, N, Q, length, out):
-    wide, chunks = (N + LANES - 1) // LANES * _GROUP, (length + Q - 1) // Q
-    walk, ends = np.empty(2 * _GROUP), np.empty(wide)
+    wide, chunks = (N + LANES - 1) // LANES * GROUP, (length + Q - 1) // Q
+    walk, ends = np.empty(2 * GROUP), np.empty(wide)
     fine, right = np.empty(Q * wide, np.float32), np.empty(Q * wide, np.float32)
     left = np.zeros((chunks + 3) // 4 * 4 * wide, np.float32)
     for d in range(start, stop):
-        _fine(log_a, 2 * d * N, N, Q, walk, fine, ends)
+        fine_powers(log_a, 2 * d * N, N, Q, walk, fine, ends)
         for m in range(0, wide, LANES):
             for r in range(0, Q, LANES):
                 transpose(fine, m * Q + r * LANES, LANES, right, r * wide + m * LANES, LANES)
@@ -121,7 +121,7 @@ def _forward(start, stop, worker, log_a, coeff, K, D, N, Q, length, out):
             for n in range(0, N, LANES):
                 # Conjugated, as Re(c a) is the product of parts with those of the conjugate.
                 _begin(walk, 0, coeff, 2 * (row * N + n), N - n, -1.0)
-                _coarse(walk, ends, n, -1.0, chunks, left, wide)
+                coarse_powers(walk, ends, n, -1.0, chunks, left, wide)
             _product(left, wide, chunks, right, Q, out, row * length, length)
 
 
@@ -157,16 +157,16 @@ def _sums(slope, late, chunks, Q, fine, coarse, wide, n, sums):
 
 @common.kernel
 def _backward(start, stop, worker, grad, log_a, coeff, K, D, N, Q, length, d_log, d_coeff):
-    wide, chunks = (N + LANES - 1) // LANES * _GROUP, (length + Q - 1) // Q
-    walk, ends, sums = np.empty(2 * _GROUP), np.empty(wide), np.empty(2 * _GROUP, np.float32)
+    wide, chunks = (N + LANES - 1) // LANES * GROUP, (length + Q - 1) // Q
+    walk, ends, sums = np.empty(2 * GROUP), np.empty(wide), np.empty(2 * GROUP, np.float32)
     fine, coarse = np.empty(Q * wide, np.float32), np.empty(chunks * wide, np.float32)
     slope, late = np.zeros(chunks * Q, np.float32), np.zeros(chunks * Q, np.float32)
     for d in range(start, stop):
-        _fine(log_a, 2 * d * N, N, Q, walk, fine, ends)
+        fine_powers(log_a, 2 * d * N, N, Q, walk, fine, ends)
         for n in range(0, N, LANES):
             for j in range(LANES):
                 walk[j], walk[LANES + j] = 1.0, 0.0
-            _coarse(walk, ends, n, 1.0, chunks, coarse, wide)
+            coarse_powers(walk, ends, n, 1.0, chunks, coarse, wide)
         for k in range(K):
             row = k * D + d
             for l in range(length):
@@ -183,12 +183,12 @@ def _backward(start, stop, worker, grad, log_a, coeff, K, D, N, Q, length, d_log
                     d_log[of + 1] -= cr * hi + ci * hr
 
 
-def _numbers(t: Tensor) -> np.ndarray:
+def numbers(t: Tensor) -> np.ndarray:
     """Complex numbers, or real ones as such, as pairs."""
     return common.words(torch.view_as_real(t.detach().to(torch.complex64).resolve_conj()))
 
 
-def _chunk(length: int) -> int:
+def chunk(length: int) -> int:
     """Q: at least a vector, at most what keeps the powers of a group in the first-level cache."""
     return min(max(split(length)[0], LANES), 128)
 
@@ -198,7 +198,7 @@ def forward(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
     D, N = log_a.shape
     K, out = math.prod(coeff.shape[:-2]), common.empty(*coeff.shape[:-1], length)
     common.run(
-        _forward, D, _numbers(log_a), _numbers(coeff), K, D, N, _chunk(length), length, common.words(out),
+        _forward, D, numbers(log_a), numbers(coeff), K, D, N, chunk(length), length, common.words(out),
         inline=K * D * N * length < 1 << 19,
     )  # fmt: skip
     return out
@@ -209,7 +209,7 @@ def backward(grad: Tensor, log_a: Tensor, coeff: Tensor, length: int) -> tuple[T
     (D, N), K = log_a.shape, math.prod(coeff.shape[:-2])
     d_log, d_coeff = torch.zeros(D, N, dtype=torch.complex64), torch.empty(coeff.shape, dtype=torch.complex64)
     common.run(
-        _backward, D, common.words(grad), _numbers(log_a), _numbers(coeff), K, D, N, _chunk(length), length,
-        _numbers(d_log), _numbers(d_coeff), inline=K * D * N * length < 1 << 18,
+        _backward, D, common.words(grad), numbers(log_a), numbers(coeff), K, D, N, chunk(length), length,
+        numbers(d_log), numbers(d_coeff), inline=K * D * N * length < 1 << 18,
     )  # fmt: skip
     return tuple(g if t.is_complex() else g.real.contiguous() for g, t in ((d_log, log_a), (d_coeff, coeff)))  # type: ignore[return-value]

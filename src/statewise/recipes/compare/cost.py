@@ -65,6 +65,12 @@ def _vandermonde(inputs: Any) -> int:
     return (4 if coeff.is_complex() else 2) * coeff.numel() * inputs["length"]
 
 
+def _moments(inputs: Any) -> int:
+    """Sums of (B, L, D) numbers times powers of N modes."""
+    log_a = inputs["log_a"]
+    return (4 if log_a.is_complex() else 2) * inputs["u"].numel() * log_a.shape[1]
+
+
 def _cauchy(inputs: Any) -> int:
     """Four real products of (..., N) coefficients with quotients, for half of `length` frequencies."""
     return 8 * inputs["alpha"].numel() * (inputs["length"] // 2 + 1)
@@ -73,6 +79,7 @@ def _cauchy(inputs: Any) -> int:
 _KERNELS: dict[str, Callable[[Any], int]] = {
     "long_conv_numba": _long_conv,
     **dict.fromkeys(("vandermonde_numba", "vandermonde_triton"), _vandermonde),
+    **dict.fromkeys(("moments_numba", "moments_triton"), _moments),
     **dict.fromkeys(("cauchy_numba", "cauchy_triton"), _cauchy),
     **dict.fromkeys(("rms_norm_numba", "rms_norm_triton"), lambda _: 0),  # elementwise
 }
