@@ -15,9 +15,11 @@ from ..maths.hippo import legs_diagonal
 from ..maths.initialisers import complex_normal, log_uniform_log_dt
 from ..ops._precision import widen
 from ..ops.lti import diagonal_kernel, diagonal_ssm, diagonal_ssm_matrix
+from ..ops.lti.one_token import Factors, advance, apart, factors
 from ..ops.lti.shared import shared_ssm
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, Mixing, check_input
+from .kept import kept
 from .layers import GatedTail
 
 # A growing mode of DSS grows by a factor of exp(64) at most over `l_norm` tokens: in float32, what enters then
@@ -55,12 +57,19 @@ class FullModes(CausalMixer, HasImpulse):
         y = self.tail(y)
         return y if seg is None else seg.mask(y)
 
+    @kept
+    def _factors(self) -> Factors:
+        return factors(*self.discrete(), conjugate=False)
+
+    def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return advance(self._factors(), x, state)
+
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return diagonal_ssm(x, *self.discrete(), conjugate=False, state=state, seg=seg)
 
     def _run(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         check_input(self, x, self.d_model)
-        y, state = self._system(x, state, seg)
+        y, state = self._token(x, state) if state is not None and apart(x, seg) else self._system(x, state, seg)
         return self._emit(y, seg), state
 
     def impulse(self, length: int) -> Tensor:

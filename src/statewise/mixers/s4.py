@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ..maths.dplr import DPLR, diagonal_plus_low_rank
 from ..ops._precision import widen
 from ..ops.dplr import dplr_kernel, dplr_ssm
+from ..ops.dplr.one_token import Factors, advance, factors
 from ..segments import Segments
 from .base import check_input
+from .kept import kept
 from .layers import Linear
 from .siso import SISO, CausalSISO, TwoSidedSISO
 
@@ -116,6 +118,13 @@ class S4(_DPLR, CausalSISO):
     Source: Gu et al. 2021, "Efficiently Modeling Long Sequences with Structured State Spaces" (arXiv 2111.00396);
     P P^* in place of P Q^*: Goel et al. 2022 (arXiv 2202.09729), section 4.1.
     """
+
+    @kept
+    def _factors(self) -> Factors:
+        return factors(*self.discrete())
+
+    def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return advance(self._factors(), x, state)
 
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return dplr_ssm(x, *self.discrete(), state=state, seg=seg)

@@ -13,8 +13,10 @@ from ..maths.discretize import discretize
 from ..maths.initialisers import diagonal_init
 from ..ops._precision import widen
 from ..ops.lti import diagonal_kernel, diagonal_ssm
+from ..ops.lti.one_token import Factors, advance, factors
 from ..segments import Segments
 from .base import check_input
+from .kept import kept
 from .layers import Linear
 from .siso import DT_TRANSFORMS, REAL_TRANSFORMS, SISO, CausalSISO, TwoSidedSISO
 
@@ -110,6 +112,13 @@ class S4D(_Diagonal, CausalSISO):
     Source: Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models"
     (arXiv 2206.11893), sections 3 and 4.
     """
+
+    @kept
+    def _factors(self) -> Factors:
+        return factors(*self.discrete())
+
+    def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return advance(self._factors(), x, state)
 
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return diagonal_ssm(x, *self.discrete(), state=state, seg=seg)

@@ -18,6 +18,7 @@ from ..ops.linear_scan import linear_scan
 from ..ops.lti.reference import lags, powers
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, HasMixing, HasRate, Mixing, SequenceMixer, check_input
+from .kept import kept
 from .layers import Linear, drop_channels
 
 B_INITS = ("lecun_normal", "hippo")
@@ -146,13 +147,17 @@ class _S5System(SequenceMixer, HasRate):
 
     def _drive(self, x: Tensor, elapsed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Factors per step, and what enters the state at each step: (B, L, P/2), complex."""
-        log_a, gain = self._steps(elapsed)
-        B = torch.view_as_complex(widen(self.B))
         if elapsed is None:
-            B = gain.unsqueeze(-1) * B
-        weight = torch.view_as_real(B).transpose(1, 2).flatten(0, 1)
-        into = torch.view_as_complex(F.linear(x, weight).unflatten(-1, (-1, 2)))
-        return torch.exp(log_a), into if elapsed is None else gain * into
+            a, weight = self._regular()
+            return a, _into(x, weight)
+        log_a, gain = self._steps(elapsed)
+        return torch.exp(log_a), gain * _into(x, _map(torch.view_as_complex(widen(self.B))))
+
+    @kept
+    def _regular(self) -> tuple[Tensor, Tensor]:
+        """Factors per regular step, and B_bar as a map of real numbers."""
+        log_a, B, *_ = self.discrete()
+        return torch.exp(log_a), _map(B)
 
     def _read(self, h: Tensor, C: Tensor) -> Tensor:
         """2 Re(C h): h (B, L, P/2) complex -> (B, L, D)."""
@@ -307,6 +312,15 @@ class BidirectionalS5(_S5System, HasMixing):
         dense = dense + own[..., None, None] * torch.diag(widen(self.D))
         v = x if seg is None else seg.mask(x)
         return Mixing(dense.to(x.dtype).expand(x.shape[0], -1, -1, -1, -1), v, self._emit_masked(seg), "block")
+
+
+def _map(B: Tensor) -> Tensor:
+    """(P/2, D) complex as (P, D) real: real and imaginary parts in turn."""
+    return torch.view_as_real(B).transpose(1, 2).flatten(0, 1)
+
+
+def _into(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.view_as_complex(F.linear(x, weight).unflatten(-1, (-1, 2)))
 
 
 def _of_next(t: Tensor, seg: Segments | None) -> Tensor:

@@ -18,6 +18,7 @@ from . import documents, fixed, forms, reference
 from .algorithms import ALGORITHMS as ALGORITHMS  # where the laws look for it
 from .algorithms import check_algorithm
 from .convolution import convolve
+from .one_token import advance, apart, factors
 from .vandermonde import diagonal_kernel
 
 __all__ = [
@@ -257,6 +258,10 @@ def run(u, log_a, b, c, D, conjugate, state, seg, algorithm, final_state=True) -
     """`diagonal_ssm` on arguments that have been checked."""
     chosen = _choose(algorithm, u, seg)
     with no_autocast(u):
+        if state is not None and algorithm is None and apart(u, seg):
+            real, dtype = reference.lift(u, log_a, b, c)
+            skip = None if D is None else D.to(real)
+            return advance(factors(log_a.to(dtype), b.to(dtype), c.to(dtype), skip, conjugate=conjugate), u, state)
         if chosen == "recurrent" or u.shape[1] == 0:
             return reference.diagonal_ssm(u, log_a, b, c, D, conjugate=conjugate, state=state, seg=seg)
         return closed_form(chosen, u, log_a, b, c, D, conjugate, state, seg, final_state)
@@ -322,7 +327,7 @@ def diagonal_ssm_step(
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token of `diagonal_ssm`: u (B, D), state (B, D, N) or None -> y (B, D), new state."""
-    y, state = diagonal_ssm(u.unsqueeze(1), log_a, b, c, D, conjugate=conjugate, state=state, algorithm="recurrent")
+    y, state = diagonal_ssm(u.unsqueeze(1), log_a, b, c, D, conjugate=conjugate, state=state)
     return y.squeeze(1), state
 
 

@@ -21,7 +21,7 @@ def whole(x: Tensor, is_complex: bool = True) -> Tensor:
 def dot_parts(x: Tensor) -> Tensor:
     """As `parts`, such that parts(h) . dot_parts(x) = Re(sum h x)."""
     # Not by `conj`, which PyTorch puts off, and then vmap cannot take the imaginary part of a gradient.
-    return torch.stack([x.real, -x.imag], -1).flatten(-2) if x.is_complex() else x
+    return parts(torch.conj_physical(x)) if x.is_complex() else x
 
 
 def steps(n: int, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ...segments import INVALID, RESET, Segments
 from .. import _checks
 
 # exp of anything below this is zero in every dtype; it stands in for log 0 = -inf, of which 0 * -inf would be NaN.
-_NOTHING = -2000.0
+NOTHING = -2000.0
 
 
 def powers(log_a: Tensor, exponents: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def powers(log_a: Tensor, exponents: Tensor) -> Tensor:
     """
     log_a, l = log_a.unsqueeze(-2), exponents.unsqueeze(-1)
     if not log_a.is_complex():
-        return torch.exp(log_a.clamp(min=_NOTHING) * l.to(log_a.dtype))
-    modulus = torch.exp(log_a.real.clamp(min=_NOTHING) * l.to(log_a.real.dtype))
+        return torch.exp(log_a.clamp(min=NOTHING) * l.to(log_a.dtype))
+    modulus = torch.exp(log_a.real.clamp(min=NOTHING) * l.to(log_a.real.dtype))
     wide = log_a.real.dtype if log_a.device.type == "mps" else torch.float64
     angle = log_a.imag.to(wide) * l.to(wide)
     turns = torch.round(angle.detach() / (2 * math.pi))

@@ -1,0 +1,108 @@
+"""What steps keep of their parameters follows the parameters, however those change."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from statewise import mixers
+from statewise.mixers.kept import kept
+
+KEEPERS = ["s4", "s4d", "s4ptd", "dss", "dlr", "gss", "lru", "s5", "liquid_s4"]
+
+
+def step(mixer):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, generator=generator)
+    with torch.no_grad():
+        state = mixer.extend(torch.randn(2, 3, 8, generator=generator), mixer.init_state(2))[1]
+        return mixer.step(x, state)[0]
+
+
+def through_data(mixer):
+    for p in mixer.parameters():
+        p.data.mul_(1.1)
+
+
+def through_numpy(mixer):
+    for p in mixer.parameters():
+        p.detach().numpy()[...] *= 1.1
+
+
+def new_parameters(mixer):
+    for module in mixer.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                setattr(module, name, nn.Parameter(1.1 * p.detach()))
+
+
+def loaded(mixer):
+    mixer.load_state_dict({name: 1.1 * t for name, t in mixer.state_dict().items()})
+
+
+def converted(mixer):
+    mixer.double()
+    mixer.float()
+    through_data(mixer)
+
+
+@pytest.mark.parametrize("change", [through_data, through_numpy, new_parameters, loaded, converted])
+@pytest.mark.parametrize("name", KEEPERS)
+def test_steps_follow_their_parameters(name, change):
+    mixer = mixers.create(name, 8, d_state=4)
+    before = step(mixer)
+    change(mixer)
+    after = step(mixer)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, step(copy.deepcopy(mixer)))
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "s5"])
+def test_and_their_settings(name):
+    mixer = mixers.create(name, 8, d_state=4)
+    before = step(mixer)
+    mixers.scale_rate(mixer, 2.0)
+    after = step(mixer)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, step(copy.deepcopy(mixer)))
+
+
+def test_parametrised_parameters_are_not_kept():
+    class Scaled(nn.Module):
+        factor = 1.0
+
+        def forward(self, p):
+            return p * self.factor
+
+    mixer, scaled = mixers.create("s4d", 8, d_state=4), Scaled()
+    torch.nn.utils.parametrize.register_parametrization(mixer, "C", scaled)
+    before = step(mixer)
+    scaled.factor = 1.1
+    assert not torch.equal(step(mixer), before)
+
+
+def test_it_is_made_once_and_again_with_gradients():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p, self.made = nn.Parameter(torch.ones(2)), []
+
+        @kept
+        def twice(self):
+            self.made.append(1)
+            return 2 * self.p
+
+    m = Counts()
+    with torch.no_grad():
+        assert m.twice() is m.twice()
+        assert copy.deepcopy(m).twice() is not m.twice()
+        assert len(m.made) == 1
+        with torch.autocast("cpu", torch.bfloat16):
+            m.twice()
+        assert len(m.made) == 2
+    assert m.twice().requires_grad
+    assert len(m.made) == 3
+    with torch.inference_mode():
+        assert not m.twice().requires_grad
+    assert len(m.made) == 3
