@@ -29,7 +29,7 @@ def test_it_reports_what_was_found(tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (["--n", "7"], "even state size, got 7"),
-        (["--gamma", "0"], "gamma: want a number from 1 to 1e6"),
+        (["--gamma", "0"], "--gamma: want a number from 1 to 1e6"),
         (["--plot", "x.jpg"], "--plot: want a file name that ends in .png, got 'x.jpg'"),
         (["--plot", "nodir/p.png"], "--plot: there is no directory nodir"),
         (["--sed", "1"], "did you mean 'seed'"),

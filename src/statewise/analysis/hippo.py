@@ -75,10 +75,10 @@ def plot_robustness(found: Comparison, run: Disturbed) -> Figure:
         (below[1], run.loud, run.noisy, f"the same with a wave of height {wave:.2g} at frequency {run.omega:.4g}"),
     ):
         axes.plot(run.time, source, color="#bbbbbb", lw=0.8)
-        for key, name, colour, width in _THREE:
-            axes.plot(run.time, read[key], color=colour, lw=width, label=name)
+        for key, _, colour, width in _THREE:
+            axes.plot(run.time, read[key], color=colour, lw=width)
         axes.set_title(title, fontsize=9, color=INK)
-        _legend(axes, "units of time", "value")
+        _dress(axes, "units of time", "value")  # the colours are those of the panels above
     return figure
 
 

@@ -58,6 +58,18 @@ def free_memory(device: str = "cpu") -> float:
         return float("inf")
 
 
+def better_threads(threads: int) -> int | None:
+    """How many threads would not have to share cores with other programs; None if `threads` will do.
+
+    Two threads on one core wait for each other at every kernel: they take many times as long as one.
+    """
+    if not hasattr(os, "getloadavg"):
+        return None
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    free = max(1, int(cores - load))
+    return free if load > cores / 4 and threads > free else None
+
+
 def _status(field: str) -> int | None:
     """A size of this process, in bytes, as Linux tells it."""
     try:

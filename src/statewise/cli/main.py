@@ -53,6 +53,14 @@ def _dispatch(argv: Sequence[str]) -> int:
     return import_module(f".{COMMANDS[argv[0]][0]}", __package__).main(list(argv[1:]))
 
 
+def _as_typed(message: str, argv: Sequence[str]) -> str:
+    """A message of the library names the argument, `batch_size: ...`; whoever typed it knows it as --batch-size."""
+    name, colon, rest = message.partition(": ")
+    option = f"--{name.replace('_', '-')}"
+    typed = any(word.split("=", 1)[0] == option for word in argv)
+    return f"{option}: {rest}" if colon and typed else message
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 a mistake in what was asked, 130 stopped by Ctrl-C.
 
@@ -64,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         if os.environ.get("STATEWISE_TRACEBACK"):
             raise
-        print(f"statewise: error: {error}", file=sys.stderr)
+        print(f"statewise: error: {_as_typed(str(error), argv)}", file=sys.stderr)
         return 2
     except Interrupted as error:
         print(f"\n{error}", file=sys.stderr)

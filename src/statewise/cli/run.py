@@ -151,8 +151,10 @@ def go_on(run: RunDirectory, *, resume: bool) -> int:
 
 
 def _execute(built: Any, run: RunDirectory, *, resume: bool) -> int:
+    import torch
     from rich.console import Console
 
+    from ..benchmarks import machine
     from ..recipes.report import describe
     from ..training.fit import TrainingError, is_first_process
 
@@ -165,6 +167,14 @@ def _execute(built: Any, run: RunDirectory, *, resume: bool) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if built.training.accelerator == "cpu" or (built.training.accelerator == "auto" and not gpu):
+        threads = machine.better_threads(torch.get_num_threads())
+        if threads is not None:
+            console.print(
+                f"Other programs use this machine: OMP_NUM_THREADS={threads} would be faster than the "
+                f"{torch.get_num_threads()} threads of now.", style="yellow", highlight=False, soft_wrap=True,
+            )  # fmt: skip
     try:
         outcome = recipes.execute(built, run, resume=resume, console=console)
     except TrainingError as error:
