@@ -89,6 +89,34 @@ def test_it_is_the_dense_recurrence(variant, algorithm):
     assert_agree(state, x[..., :4], "state", 90)
 
 
+@pytest.mark.parametrize("variant", cases.VARIANTS)
+@pytest.mark.parametrize("size", [(3, 4), (2, 17)])
+@pytest.mark.parametrize("rows", [None, [[70, 30, 20], [119]], [[150], [1, 149]]])
+def test_the_loop_is_the_recurrence_with_a_state_in_double_precision(variant, size, rows):
+    call = sample(variant, dtype=torch.float32, size=size)
+    state = torch.randn(2, *size, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    seg = None if rows is None else Segments.pack(rows, total=150)
+    with torch.no_grad():
+        got = ops.dplr_ssm(**call, state=state, seg=seg)
+    wide = {name: t.to(C128 if t.is_complex() else F64) for name, t in call.items()}
+    want = reference.dplr_ssm(**wide, state=state.to(C128), seg=seg)
+    for name, x, y in zip(("y", "state"), got, want):
+        rounded = y.to(x.dtype)
+        assert_no_worse(x, rounded, y, 2.0, name)
+
+
+@pytest.mark.usefixtures("split_small")
+def test_threads_change_nothing_in_the_loop():
+    call, found = sample(dtype=torch.float32, size=(7, 20)), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            found.append(ops.dplr_ssm(**call))
+    torch.set_num_threads(1)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
 def test_longer_kernels_begin_with_the_shorter():
     coefficients = hippo("legs", 32, 3)
     short, longer = (ops.dplr_kernel(**coefficients, length=n) for n in (200, 400))

@@ -12,6 +12,7 @@ stands for bfloat16 (NumPy has no such type): it is widened when loaded and roun
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -54,8 +55,9 @@ def _integers(value: int) -> ir.Constant:
 
 
 def _splat(builder: Any, scalar: Any) -> Any:
-    one = builder.insert_element(ir.Constant(_V, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, ir.Constant(_V, ir.Undefined), ir.Constant(_VI, [0] * LANES))
+    nothing = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
+    one = builder.insert_element(nothing, scalar, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(one, nothing, ir.Constant(_VI, [0] * LANES))
 
 
 def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
@@ -75,12 +77,16 @@ def _as_vector(builder: Any, value: Any, typ: Any) -> Any:
     return value if isinstance(typ, _Lanes) else _splat(builder, value)
 
 
-_PAIRS = [(f32x16, f32x16), (f32x16, types.float32), (types.float32, f32x16)]
+_PAIRS = [
+    (vector, *pair)
+    for vector, number in ((f32x16, types.float32), (f64x16, types.float64))
+    for pair in ((vector, vector), (vector, number), (number, vector))
+]
 
 
 def _operator(function: Any, emit: str) -> None:
     class Template(ConcreteTemplate):
-        cases = [signature(f32x16, *pair) for pair in _PAIRS] + [signature(f64x16, f64x16, f64x16)]
+        cases = tuple(itertools.starmap(signature, _PAIRS))
 
     infer_global(function)(Template)
 
@@ -88,7 +94,7 @@ def _operator(function: Any, emit: str) -> None:
         a, b = (_as_vector(builder, v, t) for v, t in zip(args, sig.args))
         return getattr(builder, emit)(a, b)
 
-    for pair in [*_PAIRS, (f64x16, f64x16)]:
+    for _, *pair in _PAIRS:
         lower_builtin(function, *pair)(lower)
 
 
@@ -307,7 +313,7 @@ def _store_part(typingctx: Any, array: Any, offset: Any, count: Any, value: Any)
 @intrinsic
 def _total(typingctx: Any, value: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        # By halves: a fixed order, and four additions deep instead of sixteen.
+        # By halves: a fixed order, and four additions deep instead of sixteen. Of float64 likewise.
         v, width = args[0], LANES
         while width > 1:
             width //= 2
@@ -317,7 +323,7 @@ def _total(typingctx: Any, value: Any) -> Any:
             v = builder.fadd(low, high)
         return builder.extract_element(v, ir.Constant(_I32, 0))
 
-    return types.float32(f32x16), codegen
+    return (types.float64(f64x16) if value is f64x16 else types.float32(f32x16)), codegen
 
 
 @intrinsic
@@ -456,7 +462,7 @@ zeros: Any = _zeros  # () -> lanes of zeros
 fill: Any = _fill  # (scalar)
 load: Any = _load  # (array, offset)
 store: Any = _store  # (array, offset, lanes)
-load_wide: Any = _load_wide  # (array of float64, offset): sixteen float64, which know +, - and * among themselves
+load_wide: Any = _load_wide  # (array of float64, offset): sixteen float64, which know +, -, * and /
 store_wide: Any = _store_wide  # (array of float64, offset, wide lanes)
 narrow: Any = _narrow  # (wide lanes): rounded to float32
 load_part: Any = _load_part  # (array, offset, count): the first `count` lanes, zeros after them
@@ -469,7 +475,7 @@ prefetch_to_write: Any = _prefetching(1)
 # vector where `load` takes two and moves lanes. `halves` brings other numbers into the same order.
 first_half: Any = _half(0)
 second_half: Any = _half(1)
-total: Any = _total  # sum of the lanes, a float32
+total: Any = _total  # sum of the lanes, a number of their kind
 exp2: Any = _exp2  # 2**x, relative error about 1e-7; x is clamped to [-126, 127], NaN stays
 # (a, b, c): a b + c. Whether it is fused is decided by the processor alone. The optimiser fuses a product and a sum or
 # does not, and may decide differently in another loop.

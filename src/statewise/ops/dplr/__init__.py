@@ -11,6 +11,7 @@ from torch import Tensor
 from ...segments import Segments
 from .. import _checks, _deterministic
 from .._backend import resolve
+from .._eager import free
 from .._precision import no_autocast
 from .._register import recomputing
 from .._spec import OpSpec, register
@@ -159,8 +160,9 @@ def dplr_ssm(
         algorithm: "fft" (one kernel and one Fourier convolution; not with `seg`), "chunk" (matrix products in chunks
             of 64 tokens and states between them; serves everything), "recurrent" (token by token in O(N) a step; with
             gradients its memory grows as (B, L, D, N)), or None: "recurrent" up to 16 tokens, else "chunk" with `seg`
-            and "fft" without.
-        backend: "reference" or None; all algorithms are plain PyTorch.
+            and "fft" without; and where no gradient is wanted, on a CPU in single precision, a kernel that takes
+            token by token with its state in float64, but for batches of whole rows without states.
+        backend: "reference" or None; all algorithms but that kernel are plain PyTorch.
 
     Returns:
         y (B, L, D) in the dtype of u, and the state (B, D, N) after the last token, complex64, or complex128 for
@@ -195,14 +197,30 @@ def run(u, w, p, b, c, D, state, seg, algorithm, final_state=True) -> tuple[Tens
     """`dplr_ssm` on arguments that have been checked."""
     # Only the recurrence does for a token what it does for a sequence, bit by bit.
     chosen = "recurrent" if _deterministic.active() and algorithm is None else _choose(algorithm, u, seg)
+    bare = seg is None and state is None and not final_state
     with no_autocast(u):
+        # Of a batch of whole rows without states one kernel serves all.
+        alone = not bare or len(u) == 1
+        if algorithm is None and alone and w.dtype == torch.complex64 and free(u, w, p, b, c, D, state):
+            return _in_one_loop(u, w, p, b, c, D, state, seg)
         if chosen == "recurrent" or u.shape[1] == 0:
             return reference.dplr_ssm(u, w, p, b, c, D, state=state, seg=seg)
-        if chosen == "fft" and state is None and not final_state:
+        if chosen == "fft" and bare:
             y = convolve(u.to(w.real.dtype).mT, dplr_kernel(w, p, b, c, u.shape[1])).mT
             y = y if D is None else y + D * u
             return y.to(u.dtype), b.new_empty(u.shape[0], *b.shape)
         return _closed_form(chosen, u, w, p, b, c, D, state, seg)
+
+
+def _in_one_loop(u, w, p, b, c, D, state, seg) -> tuple[Tensor, Tensor]:
+    """Where nobody wants a gradient the recurrence of a kernel is quicker than closed forms, whose dense powers alone
+    take longer."""
+    from .recurrent_numba import run
+
+    v, marks = (u, None) if seg is None else (seg.mask(u), seg.marks)
+    y, last = run(v, w, p, b, c, state, marks)
+    y = y if D is None else y + D * v
+    return y.to(u.dtype), last
 
 
 def _closed_form(chosen, u, w, p, b, c, D, state, seg) -> tuple[Tensor, Tensor]:

@@ -16,13 +16,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lti.forms import chunk_size, in_chunks
-from ..lti.modes import parts, whole
-from .reference import drift, stepper
+from ..lti.modes import dot_parts, parts, whole
+from .reference import resolvent, stepper
 
 
 def _split(length: int) -> int:
     """k such that chunks of 2^k tokens cut a row of `length` into about as many chunks."""
     return ((max(length, 1) - 1).bit_length() + 1) // 2
+
+
+def increment(w: Tensor, p: Tensor) -> Tensor:
+    """A - I of one step in real coordinates, (D, M, M) [d, from, to].
+
+    A - I = (I - M/2)^-1 M = 2 ((I - M/2)^-1 - I), of which 2 (g - 1) = w g is diagonal in the modes.
+    """
+    g, inner = resolvent(w, p)
+    real, imag = (w * g).real, (w * g).imag
+    turn = torch.stack([torch.stack([real, imag]), torch.stack([-imag, real])])  # (2, 2, D, N) [from, to]
+    diagonal = torch.diag_embed(turn).permute(2, 3, 0, 4, 1).flatten(3).flatten(1, 2)
+    into, out = 2 * parts(p * torch.conj_physical(g)), -2 * parts(g * p)  # (R, D, M)
+    return diagonal + torch.einsum("sdi,drs,rdj->dij", into, inner, out)
 
 
 class System:
@@ -37,12 +50,9 @@ class System:
 
     def __init__(self, w: Tensor, p: Tensor, b: Tensor, c: Tensor):
         w, p, b, c = (t.to(torch.complex128) for t in (w, p, b, c))
-        solve = stepper(w, p)
-        self.b = parts(solve(b)).unsqueeze(1)  # (D, 1, M)
-        self.c = 2 * parts(c.conj().resolve_conj()).transpose(0, 1)  # (D, K, M), to be dotted with states
-        M = self.b.shape[-1]
-        unit = whole(torch.eye(M, dtype=self.b.dtype, device=w.device)).unsqueeze(1)  # (M, 1, N)
-        self._E = [parts(solve(drift(w, p, unit))).transpose(0, 1)]  # (D, M, M) [d, from, to]
+        self.b = parts(stepper(w, p)(b)).unsqueeze(1)  # (D, 1, M)
+        self.c = 2 * dot_parts(c).transpose(0, 1)  # (D, K, M), to be dotted with states
+        self._E = [increment(w, p)]
 
     def E(self, k: int) -> Tensor:
         """A^(2^k) - I, made when it is first asked for."""

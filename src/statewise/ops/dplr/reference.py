@@ -35,11 +35,16 @@ def inverse(m: Tensor) -> Tensor:
     return m.reciprocal() if m.shape[-1] == 1 else torch.linalg.inv(m)
 
 
-def stepper(w: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
-    """t -> (I - M/2)^-1 t for M = diag(w) - sum_r p_r p_r^*, by the Woodbury identity."""
+def resolvent(w: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """g (D, N) and T (D, R, R) of (I - M/2)^-1 = g - g p T p^* g for M = diag(w) - sum_r p_r p_r^* (Woodbury)."""
     g = 1 / (1 - w / 2)
-    gram = project(p, (g * p)).permute(2, 1, 0)  # (D, R, R) [r, s] = p_r^* G p_s
-    inner = inverse(2 * torch.eye(p.shape[0], dtype=gram.dtype, device=gram.device) + gram)
+    gram = project(p, (g * p)).permute(2, 1, 0)  # [r, s] = p_r^* G p_s
+    return g, inverse(2 * torch.eye(p.shape[0], dtype=gram.dtype, device=gram.device) + gram)
+
+
+def stepper(w: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
+    """t -> (I - M/2)^-1 t for M = diag(w) - sum_r p_r p_r^*."""
+    g, inner = resolvent(w, p)
 
     def solve(t: Tensor) -> Tensor:
         weights = torch.einsum("drs,...sd->...rd", inner, project(p, g * t))
