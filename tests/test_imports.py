@@ -28,6 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("training", "inference"),
     ("recipes", "benchmarks"),
     ("cli", "shim"),
+    ("__main__",),
 )
 # These act on what is built from outside: they may import all floors below the recipes, and only the commands and
 # recipes may import them.
