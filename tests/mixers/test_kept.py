@@ -106,3 +106,14 @@ def test_it_is_made_once_and_again_with_gradients():
     with torch.inference_mode():
         assert not m.twice().requires_grad
     assert len(m.made) == 3
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "dss", "dlr"])
+def test_a_state_of_another_batch_is_refused(name):
+    mixer = mixers.create(name, 8, d_state=4)
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="state: want shape"):
+            mixer.step(x[:, 0], mixer.init_state(1))
+        with pytest.raises(ValueError, match="state: want shape"):
+            mixer.extend(x, mixer.init_state(3))

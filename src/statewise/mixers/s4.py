@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ..maths.dplr import DPLR, diagonal_plus_low_rank
 from ..ops._precision import widen
-from ..ops.dplr import dplr_kernel, dplr_ssm
-from ..ops.dplr.one_token import Factors, advance, factors
+from ..ops.dplr import dplr_kernel, dplr_ssm, loop
 from ..segments import Segments
 from .base import check_input
 from .kept import kept
@@ -120,13 +119,12 @@ class S4(_DPLR, CausalSISO):
     """
 
     @kept
-    def _factors(self) -> Factors:
-        return factors(*self.discrete())
-
-    def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return advance(self._factors(), x, state)
+    def _loop(self) -> loop.Loop:
+        return loop.prepare(*self.discrete())
 
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
+        if loop.serves(x, state, *self._parameters.values(), *self._buffers.values()):
+            return loop.run(self._loop(), x, state, seg)
         return dplr_ssm(x, *self.discrete(), state=state, seg=seg)
 
     def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:

@@ -158,9 +158,9 @@ class CausalSISO(SISO, CausalMixer, HasImpulse):
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         """The state space alone, D included."""
 
-    @abstractmethod
     def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for one token, x (B, 1, D)."""
+        """The same for one token, x (B, 1, D), where no gradient is wanted."""
+        return self._system(x, state, None)
 
     def _run(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         check_input(self, x, self.d_model)

@@ -11,7 +11,6 @@ from torch import Tensor
 from ...segments import Segments
 from .. import _checks, _deterministic
 from .._backend import resolve
-from .._eager import free
 from .._precision import no_autocast
 from .._register import recomputing
 from .._spec import OpSpec, register
@@ -21,7 +20,7 @@ from ..lti.algorithms import ALGORITHMS as ALGORITHMS  # where the laws look for
 from ..lti.algorithms import check_algorithm
 from ..lti.convolution import convolve
 from ..lti.forms import CHUNK
-from . import forms, kernel, reference
+from . import forms, kernel, loop, reference
 from .cauchy import cauchy
 
 __all__ = ["cauchy", "dplr_kernel", "dplr_ssm", "dplr_ssm_apply", "dplr_ssm_matrix", "dplr_ssm_step"]
@@ -199,10 +198,11 @@ def run(u, w, p, b, c, D, state, seg, algorithm, final_state=True) -> tuple[Tens
     chosen = "recurrent" if _deterministic.active() and algorithm is None else _choose(algorithm, u, seg)
     bare = seg is None and state is None and not final_state
     with no_autocast(u):
-        # Of a batch of whole rows without states one kernel serves all.
+        # One kernel serves all rows of a batch, as long as no state is wanted.
         alone = not bare or len(u) == 1
-        if algorithm is None and alone and w.dtype == torch.complex64 and free(u, w, p, b, c, D, state):
-            return _in_one_loop(u, w, p, b, c, D, state, seg)
+        if algorithm is None and alone and loop.serves(u, w, p, b, c, D, state):
+            # Closed forms with states need dense powers, which alone take longer.
+            return loop.run(loop.prepare(w, p, b, c, D), u, state, seg)
         if chosen == "recurrent" or u.shape[1] == 0:
             return reference.dplr_ssm(u, w, p, b, c, D, state=state, seg=seg)
         if chosen == "fft" and bare:
@@ -210,17 +210,6 @@ def run(u, w, p, b, c, D, state, seg, algorithm, final_state=True) -> tuple[Tens
             y = y if D is None else y + D * u
             return y.to(u.dtype), b.new_empty(u.shape[0], *b.shape)
         return _closed_form(chosen, u, w, p, b, c, D, state, seg)
-
-
-def _in_one_loop(u, w, p, b, c, D, state, seg) -> tuple[Tensor, Tensor]:
-    """Where nobody wants a gradient the recurrence of a kernel is quicker than closed forms, whose dense powers alone
-    take longer."""
-    from .recurrent_numba import run
-
-    v, marks = (u, None) if seg is None else (seg.mask(u), seg.marks)
-    y, last = run(v, w, p, b, c, state, marks)
-    y = y if D is None else y + D * v
-    return y.to(u.dtype), last
 
 
 def _closed_form(chosen, u, w, p, b, c, D, state, seg) -> tuple[Tensor, Tensor]:

@@ -16,19 +16,29 @@ from .._simd import LANES, load_wide, store_wide, total
 from .reference import resolvent, stepper
 
 _GROUP = 2 * LANES
+_NO_MARKS = np.empty(0, np.uint8)
 
 
 @common.kernel
-def _forward(start, stop, worker, u, ub, ul, marks, marked, table, x0, given, D, width, R, length, y, last):
+def _fill(x, state, at, N, given):
+    """From pairs to groups, which are filled up with zeros."""
+    for n in range(0, x.size, _GROUP):
+        for j in range(LANES):
+            inside = given and n // 2 + j < N
+            x[n + j] = state[at + n + 2 * j] if inside else 0.0
+            x[n + LANES + j] = state[at + n + 2 * j + 1] if inside else 0.0
+
+
+@common.kernel
+def _forward(start, stop, worker, u, ub, ul, marks, marked, table, state, given, D, N, R, length, y, last):
     """`table` holds for each channel d, b, c, into_0 ... and out_0 ..., each in `width` numbers."""
+    width = (N + LANES - 1) // LANES * _GROUP
     x, weights = np.empty(width), np.empty(R)
-    each = (3 + 2 * R) * width
     for block in range(start, stop):
         d, row = block % D, block // D
-        base = d * each
+        base = d * (3 + 2 * R) * width
         first = base + 3 * width
-        for j in range(width):
-            x[j] = x0[block * width + j] if given else 0.0
+        _fill(x, state, 2 * block * N, N, given)
         for r in range(R):
             weights[r] = 0.0
             for j in range(width):
@@ -67,41 +77,38 @@ def _forward(start, stop, worker, u, ub, ul, marks, marked, table, x0, given, D,
                     at = first + r * width + n
                     weights[r] += total(load_wide(table, at) * hr + load_wide(table, at + LANES) * hi)
             y[(row * length + t) * D + d] = read
-        for j in range(width):
-            last[block * width + j] = x[j]
+        for n in range(N):
+            at = n // LANES * _GROUP + n % LANES
+            last[2 * (block * N + n)], last[2 * (block * N + n) + 1] = x[at], x[at + LANES]
 
 
 def _grouped(t: Tensor) -> Tensor:
-    """(..., N) complex as (..., width) float64, modes filled up with zeros to whole groups."""
-    t = t.to(torch.complex128)
-    N = t.shape[-1]
-    t = torch.nn.functional.pad(t, (0, -N % LANES)).unflatten(-1, (-1, LANES))
+    """(..., N) complex128 as (..., width) float64, modes filled up with zeros to whole groups."""
+    t = torch.nn.functional.pad(t, (0, -t.shape[-1] % LANES)).unflatten(-1, (-1, LANES))
     return torch.stack([t.real, t.imag], -2).flatten(-3)
 
 
-def _whole(t: Tensor, N: int) -> Tensor:
-    """The inverse of `_grouped`."""
-    real, imag = t.unflatten(-1, (-1, 2, LANES)).unbind(-2)
-    return torch.complex(real, imag).flatten(-2)[..., :N]
-
-
-def run(
-    u: Tensor, w: Tensor, p: Tensor, b: Tensor, c: Tensor, state: Tensor | None, marks: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`reference.dplr_ssm` without the skip, and without gradients: y float32, the state complex64."""
-    (B, length, D), N, R = u.shape, w.shape[1], len(p)
+def prepare(w: Tensor, p: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """What the loop needs of the coefficients, (D, 3 + 2 R, width)."""
     w, p, b, c = (t.to(torch.complex128) for t in (w, p, b, c))
     g, inner = resolvent(w, p)
     # The step of `forms.increment`; the parts of conj(z) dotted with those of x are Re(z x).
     into = torch.einsum("drs,sdn->rdn", inner.to(w.dtype), 2 * p * torch.conj_physical(g))
-    table = _grouped(torch.stack([w * g, stepper(w, p)(b), 2 * torch.conj_physical(c), *into, *(-2 * g * p)], 1))
-    width = table.shape[-1]
-    y, last = common.empty(B, length, D), torch.empty(B, D, width, dtype=torch.float64)
+    return _grouped(torch.stack([w * g, stepper(w, p)(b), 2 * torch.conj_physical(c), *into, *(-2 * g * p)], 1))
+
+
+def run(table: Tensor, u: Tensor, state: Tensor | None, marks: Tensor | None, N: int) -> tuple[Tensor, Tensor]:
+    """`reference.dplr_ssm` without the skip, and without gradients: y float32, the state complex64."""
+    (B, length, D), R = u.shape, table.shape[1] // 2 - 1
+    y, last = common.empty(B, length, D), torch.empty(B, D, N, dtype=torch.complex64)
     memory, (ub, ul) = common.rows(u.to(torch.float32))
-    start, no_marks = last[:0] if state is None else _grouped(state), torch.empty(0, dtype=torch.uint8)
     common.run(
-        _forward, B * D, memory, ub, ul, common.array((no_marks if marks is None else marks).flatten()),
-        marks is not None, common.array(table.flatten()), common.array(start.flatten()), state is not None,
-        D, width, R, length, common.words(y), common.array(last).reshape(-1), inline=B * D * N * length < 1 << 15,
+        _forward, B * D, memory, ub, ul, _NO_MARKS if marks is None else common.array(marks.flatten()),
+        marks is not None, common.array(table).reshape(-1), _pairs(last[:0] if state is None else state),
+        state is not None, D, N, R, length, common.words(y), _pairs(last), inline=B * D * N * length < 1 << 15,
     )  # fmt: skip
-    return y, _whole(last, N).to(torch.complex64)
+    return y, last
+
+
+def _pairs(t: Tensor) -> np.ndarray:
+    return common.words(torch.view_as_real(t.detach().to(torch.complex64).resolve_conj()))
