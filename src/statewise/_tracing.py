@@ -14,10 +14,10 @@ def transformed() -> bool:
 
 
 def untraced() -> bool:
-    """No compiler, tracer, dispatch mode or transform of PyTorch is active."""
+    """No compiler, tracer, dispatch mode or transform of PyTorch is active, and no forward differentiation."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not transformed()
         and torch._C._get_tracing_state() is None
     )

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from statewise import mixers
+from statewise import mixers, ops
 from statewise.mixers.kept import kept
 
 KEEPERS = ["s4", "s4d", "s4ptd", "dss", "dlr", "gss", "lru", "s5", "liquid_s4"]
@@ -88,7 +89,7 @@ def test_it_is_made_once_and_again_with_gradients():
             super().__init__()
             self.p, self.made = nn.Parameter(torch.ones(2)), []
 
-        @kept
+        @kept()
         def twice(self):
             self.made.append(1)
             return 2 * self.p
@@ -117,3 +118,48 @@ def test_a_state_of_another_batch_is_refused(name):
             mixer.step(x[:, 0], mixer.init_state(1))
         with pytest.raises(ValueError, match="state: want shape"):
             mixer.extend(x, mixer.init_state(3))
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_views_of_parameters_are_not_kept(name):
+    """A tensor that stood in the place of a parameter for a while, and was written to later."""
+    mixer = mixers.create(name, 8, d_state=4)
+    want = step(copy.deepcopy(mixer))
+    once = {n: p.detach().clone() for n, p in mixer.named_parameters()}
+    with torch.nn.utils.stateless._reparametrize_module(mixer, once):
+        step(mixer)
+    for t in once.values():
+        t.mul_(3)
+    assert torch.equal(step(mixer), want)
+
+
+def test_tensors_that_hooks_leave_are_compared():
+    mixer = mixers.create("s4d", 8, d_state=4)
+    prune.random_unstructured(mixer, "C", 0.5)
+    step(mixer)
+    with torch.no_grad():
+        mixer.C_orig.mul_(2)
+        mixer(torch.zeros(1, 1, 8))  # the hook makes C anew
+    assert torch.equal(step(mixer), step(copy.deepcopy(mixer)))
+
+
+def test_forward_differentiation_is_not_lost():
+    mixer = mixers.create("s4d", 8, d_state=4)
+    step(mixer)
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = {"D": torch.autograd.forward_ad.make_dual(mixer.D.detach(), torch.ones(8))}
+        with torch.nn.utils.stateless._reparametrize_module(mixer, dual):
+            y = mixer.step(torch.ones(1, 8), mixer.init_state(1))[0]
+        assert (torch.autograd.forward_ad.unpack_dual(y).tangent != 0).all()
+
+
+@pytest.mark.parametrize("name", ["s4", "s4d", "dss"])
+def test_dtypes_of_a_token_are_checked_as_those_of_a_row(name):
+    mixer = mixers.create(name, 8, d_state=4, activation="none", glu=False)
+    state, x = mixer.init_state(2), torch.randn(2, 8)
+    with torch.no_grad():
+        for state_, x_ in ((state.to(torch.complex128), x), (state.real.long(), x), (state, x.double())):
+            with pytest.raises(TypeError):
+                mixer.step(x_, state_)
+        with ops.use_backend("triton"), pytest.raises(ops.BackendError):
+            mixer.step(x, state)

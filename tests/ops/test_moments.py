@@ -76,6 +76,13 @@ def test_modes_without_memory_and_modes_that_grow(backend):
         assert_no_worse(*parts, FACTOR, f"mode {n}", rounded=near[..., n])
 
 
+@pytest.mark.parametrize("length", [1, 3, 9])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_short_rows_of_modes_that_grow(backend, length):
+    """Sixteen powers of a are infinite."""
+    check(backend, rows(2, length, 1), torch.tensor([[80 / max(length - 1, 1), 1.0]]).to(torch.complex64))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("B", "length", "D", "N"), [(2, 0, 3, 2), (0, 4, 3, 2), (2, 4, 0, 2), (2, 4, 3, 0)])
 def test_nothing_to_do(backend, B, length, D, N):

@@ -100,6 +100,15 @@ def test_modes_without_memory_and_modes_that_grow(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_short_rows_of_modes_that_grow(backend):
+    log_a, coeff = torch.tensor([[10.0, 1.0]]).to(C64), torch.tensor([[1.0, 2.0]]).to(C64)
+    fast = outcome(lambda a, c, n: ops.diagonal_kernel(a, c, n, backend=backend), log_a, coeff, 9, C64)
+    plain, truth = (outcome(definition, log_a, coeff, 9, dtype) for dtype in (C64, C128))
+    for name, *results in zip(("kernel", "gradient of log_a", "gradient of coeff"), fast, plain, truth):
+        assert_no_worse(*results, FACTOR, name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("D", "N", "length"), [(3, 2, 0), (0, 2, 9), (2, 0, 9)])
 def test_nothing_to_do(backend, D, N, length):
     leaves = [torch.zeros(D, N, dtype=C64, requires_grad=True) for _ in range(2)]

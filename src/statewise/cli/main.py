@@ -56,9 +56,9 @@ def _dispatch(argv: Sequence[str]) -> int:
 def _as_typed(message: str, argv: Sequence[str]) -> str:
     """A message of the library names the argument, `batch_size: ...`; whoever typed it knows it as --batch-size."""
     name, colon, rest = message.partition(": ")
-    option = f"--{name.replace('_', '-')}"
-    typed = any(word.split("=", 1)[0] == option for word in argv)
-    return f"{option}: {rest}" if colon and typed else message
+    options = (word.split("=", 1)[0] for word in argv if word.startswith("--"))
+    typed = next((option for option in options if option[2:].replace("-", "_") == name.replace("-", "_")), None)
+    return f"{typed}: {rest}" if colon and typed else message
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -169,12 +169,11 @@ def _execute(built: Any, run: RunDirectory, *, resume: bool) -> int:
     )
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if built.training.accelerator == "cpu" or (built.training.accelerator == "auto" and not gpu):
-        threads = machine.better_threads(torch.get_num_threads())
-        if threads is not None:
-            console.print(
-                f"Other programs use this machine: OMP_NUM_THREADS={threads} would be faster than the "
-                f"{torch.get_num_threads()} threads of now.", style="yellow", highlight=False, soft_wrap=True,
-            )  # fmt: skip
+        now = torch.get_num_threads()
+        better = machine.better_threads(now)
+        if better is not None:
+            text = f"This machine is busy: OMP_NUM_THREADS={better} would be faster than {now} threads."
+            console.print(text, style="yellow", highlight=False, soft_wrap=True)
     try:
         outcome = recipes.execute(built, run, resume=resume, console=console)
     except TrainingError as error:

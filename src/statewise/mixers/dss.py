@@ -57,7 +57,7 @@ class FullModes(CausalMixer, HasImpulse):
         y = self.tail(y)
         return y if seg is None else seg.mask(y)
 
-    @kept
+    @kept()
     def _factors(self) -> Factors:
         return factors(*self.discrete(), conjugate=False)
 
@@ -98,6 +98,11 @@ class StepFree(FullModes):
         """log A_bar, B_bar = 1, C (D, N) complex and D (D,), as `ops.diagonal_ssm` takes them with conjugate=False."""
         log_a, c = self._modes()
         return log_a.expand_as(c), torch.ones_like(c), c, widen(self.D)
+
+    @kept()
+    def _factors(self) -> Factors:
+        log_a, c = self._modes()
+        return factors(log_a, log_a.new_ones(1), c, widen(self.D), conjugate=False)
 
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return shared_ssm(x, *self._modes(), widen(self.D), state=state, seg=seg)

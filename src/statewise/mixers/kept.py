@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .._tracing import untraced
 
@@ -25,32 +26,56 @@ class _Kept(NamedTuple):
 _store: WeakKeyDictionary[nn.Module, dict[str, _Kept]] = WeakKeyDictionary()
 
 
-def kept(method: Callable[[Any], _Made]) -> Callable[[Any], _Made]:
-    """A method without arguments, a function of the module's own parameters, buffers and settings alone.
+def kept(*names: str) -> Callable[[Callable[[Any], _Made]], Callable[[Any], _Made]]:
+    """For a method without arguments, a function of the module's own tensors and settings alone, not of its children.
 
     Without gradients, on a CPU, its result is kept for as long as all of these have the values from which it was made.
     Values are compared: PyTorch tells of changes made in place, but not of those through `.data` or shared memory.
+    Whoever calls the method must not write to what it returns.
+
+    Args:
+        names: the tensors that count, if not all of the module's own.
     """
 
-    @wraps(method)
-    def run(self: Any) -> _Made:
-        tensors = [t for table in (self._parameters, self._buffers) for t in table.values() if t is not None]
-        if (
-            torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or not untraced()
-            or "parametrizations" in self._modules  # parameters of parts, then
-            or not all(t.is_cpu for t in tensors)
-        ):
-            return method(self)
-        settings = {name: value for name, value in vars(self).items() if isinstance(value, _PLAIN)}
-        mine = _store.setdefault(self, {})
-        found = mine.get(method.__qualname__)
-        if found is None or found.settings != settings or not _same(found.copies, tensors):
-            found = mine[method.__qualname__] = _Kept(settings, [t.detach().clone() for t in tensors], method(self))
-        return found.made
+    def wrap(method: Callable[[Any], _Made]) -> Callable[[Any], _Made]:
+        @wraps(method)
+        def run(self: Any) -> _Made:
+            tensors = [getattr(self, name) for name in names] if names else _own(self)
+            if (
+                torch.is_grad_enabled()
+                or torch.is_autocast_enabled("cpu")
+                or not untraced()
+                or "parametrizations" in self._modules  # then some of its tensors are those of children
+                or not all(t.is_cpu for t in tensors)
+            ):
+                return method(self)
+            settings = {name: value for name, value in vars(self).items() if isinstance(value, _PLAIN)}
+            mine = _store.setdefault(self, {})
+            # A subclass may have another method of this name, and call this one.
+            found = mine.get(method.__qualname__)
+            if found is None or found.settings != settings or not _same(found.copies, tensors):
+                made = tree_map_only(Tensor, partial(_apart, {_memory(t) for t in tensors}), method(self))
+                found = _Kept(settings, [t.detach().clone() for t in tensors], made)
+                mine[method.__qualname__] = found
+            return found.made
 
-    return run
+        return run
+
+    return wrap
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    others = [t for t in vars(module).values() if isinstance(t, Tensor)]  # as pruning and hooks leave them
+    return [t for t in (*module._parameters.values(), *module._buffers.values(), *others) if t is not None]
+
+
+def _memory(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _apart(memories: set[int], t: Tensor) -> Tensor:
+    """A result that is a view of a parameter would change with it, unseen."""
+    return t.clone() if _memory(t) in memories else t
 
 
 def _same(copies: list[Tensor], tensors: list[Tensor]) -> bool:

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from ..ops._precision import no_autocast, widen
 from ..ops.linear_scan import linear_scan
-from ..ops.lti.modes import dot_parts
 from ..ops.lti.reference import lags, powers
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, Mixing, check_input
-from .kept import kept
 from .layers import GatedTail
 
 
@@ -100,12 +98,6 @@ class LRU(CausalMixer, HasImpulse):
         B = widen(self.gamma_log).exp().unsqueeze(-1) * torch.view_as_complex(widen(self.B))
         return log_a, B, torch.view_as_complex(widen(self.C)), widen(self.D)
 
-    @kept
-    def _maps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """lambda; then gamma B and C, complex maps of which one end is real, as maps of real numbers; and D."""
-        log_a, B, C, skip = self.discrete()
-        return torch.exp(log_a), torch.view_as_real(B).transpose(1, 2).flatten(0, 1), dot_parts(C), skip
-
     def _emit(self, y: Tensor, seg: Segments | None) -> Tensor:
         y = self.tail(y)
         return y if seg is None else seg.mask(y)
@@ -113,11 +105,13 @@ class LRU(CausalMixer, HasImpulse):
     def _run(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         check_input(self, x, self.d_model)
         with no_autocast(x):
-            a, into, read, skip = self._maps()
+            log_a, B, C, skip = self.discrete()
             v = widen(x) if seg is None else seg.mask(widen(x))
-            enters = torch.view_as_complex(F.linear(v, into).unflatten(-1, (-1, 2)))
-            h, state = linear_scan(a, enters, state=state, seg=seg)
-            y = (F.linear(torch.view_as_real(h).flatten(-2), read) + skip * v).to(x.dtype)
+            # Complex maps of a real input, and real parts of complex maps, as real matrix products.
+            into = F.linear(v, torch.view_as_real(B).transpose(1, 2).flatten(0, 1)).unflatten(-1, (-1, 2))
+            h, state = linear_scan(torch.exp(log_a), torch.view_as_complex(into), state=state, seg=seg)
+            y = F.linear(torch.view_as_real(h).flatten(-2), torch.view_as_real(C.conj().resolve_conj()).flatten(-2))
+            y = (y + skip * v).to(x.dtype)
         return self._emit(y, seg), state
 
     def impulse(self, length: int) -> Tensor:

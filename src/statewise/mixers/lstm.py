@@ -75,19 +75,23 @@ class LSTM(CausalMixer):
     def _by_cells(
         self, x: Tensor, state: LSTMState, seg: Segments | None, weights: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Position by position: transforms of torch.func do not go through torch.lstm."""
+        """Position by position, in sums and products: transforms of torch.func do not go through torch.lstm."""
+        into, back, *biases = weights
+        gates = torch.nn.functional.linear(x, into, biases[0] + biases[1])
         marks = None if seg is None else seg.marks[..., None]
-        # Mapped like x: a cell adds in place to what it makes of the state.
-        ends: list[Tensor] = [torch.zeros_like(x[:, 0]) + start for start in state]
-        ys = []
+        (h, c), ys = state, []
         for t in range(x.shape[1]):
             if marks is not None:
-                ends = [end.masked_fill(marks[:, t] == RESET, 0) for end in ends]
-            after = list(torch.lstm_cell(x[:, t], ends, *weights))
-            ends = after if marks is None else [torch.where(marks[:, t] == INVALID, a, b) for a, b in zip(ends, after)]
-            ys.append(ends[0])
+                h, c = (end.masked_fill(marks[:, t] == RESET, 0) for end in (h, c))
+            enter, forget, value, show = (gates[:, t] + h @ back.mT).chunk(4, -1)
+            cell = torch.sigmoid(forget) * c + torch.sigmoid(enter) * torch.tanh(value)
+            out = torch.sigmoid(show) * torch.tanh(cell)
+            if marks is not None:
+                out, cell = (torch.where(marks[:, t] == INVALID, a, b) for a, b in ((h, out), (c, cell)))
+            h, c = out, cell
+            ys.append(h)
         y = torch.stack(ys, 1)
-        return (y if seg is None else seg.mask(y)), ends
+        return (y if seg is None else seg.mask(y)), [h, c]
 
     def _documents(
         self, x: Tensor, state: LSTMState, seg: Segments, weights: list[Tensor]

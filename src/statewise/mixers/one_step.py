@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
+from .._tracing import transformed
 from ..ops import decode
 from ..segments import Segments
 from ..state import State
@@ -88,6 +89,8 @@ def one_step(
     None if x is more than one position, a state is missing, or no kernel serves.
     """
     if torch.compiler.is_compiling() or seg is not None or x.shape[1] != 1 or torch.is_grad_enabled():
+        return None
+    if transformed():
         return None
     if any(state is None for state in states):
         return None

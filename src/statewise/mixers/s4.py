@@ -118,7 +118,7 @@ class S4(_DPLR, CausalSISO):
     P P^* in place of P Q^*: Goel et al. 2022 (arXiv 2202.09729), section 4.1.
     """
 
-    @kept
+    @kept()
     def _loop(self) -> loop.Loop:
         return loop.prepare(*self.discrete())
 

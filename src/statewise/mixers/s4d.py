@@ -113,7 +113,7 @@ class S4D(_Diagonal, CausalSISO):
     (arXiv 2206.11893), sections 3 and 4.
     """
 
-    @kept
+    @kept()
     def _factors(self) -> Factors:
         return factors(*self.discrete())
 

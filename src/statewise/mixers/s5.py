@@ -147,17 +147,18 @@ class _S5System(SequenceMixer, HasRate):
 
     def _drive(self, x: Tensor, elapsed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Factors per step, and what enters the state at each step: (B, L, P/2), complex."""
+        B = torch.view_as_complex(widen(self.B))
         if elapsed is None:
-            a, weight = self._regular()
-            return a, _into(x, weight)
+            a, gain = self._regular()
+            return a, _into(x, gain.unsqueeze(-1) * B)
         log_a, gain = self._steps(elapsed)
-        return torch.exp(log_a), gain * _into(x, _map(torch.view_as_complex(widen(self.B))))
+        return torch.exp(log_a), gain * _into(x, B)
 
-    @kept
+    @kept("Lambda_re", "Lambda_im", "log_step")
     def _regular(self) -> tuple[Tensor, Tensor]:
-        """Factors per regular step, and B_bar as a map of real numbers."""
-        log_a, B, *_ = self.discrete()
-        return torch.exp(log_a), _map(B)
+        """Factor per regular step and gain of the input, (P/2,)."""
+        log_a, gain = self._steps()
+        return torch.exp(log_a), gain
 
     def _read(self, h: Tensor, C: Tensor) -> Tensor:
         """2 Re(C h): h (B, L, P/2) complex -> (B, L, D)."""
@@ -314,12 +315,9 @@ class BidirectionalS5(_S5System, HasMixing):
         return Mixing(dense.to(x.dtype).expand(x.shape[0], -1, -1, -1, -1), v, self._emit_masked(seg), "block")
 
 
-def _map(B: Tensor) -> Tensor:
-    """(P/2, D) complex as (P, D) real: real and imaginary parts in turn."""
-    return torch.view_as_real(B).transpose(1, 2).flatten(0, 1)
-
-
-def _into(x: Tensor, weight: Tensor) -> Tensor:
+def _into(x: Tensor, B: Tensor) -> Tensor:
+    """x (..., D) by B (P/2, D), complex, as one product of real matrices."""
+    weight = torch.view_as_real(B).transpose(1, 2).flatten(0, 1)
     return torch.view_as_complex(F.linear(x, weight).unflatten(-1, (-1, 2)))
 
 

@@ -26,7 +26,7 @@ def plain(*args: Any) -> bool:
 def direct(*args: Any) -> bool:
     """True if the tensors among `args` are ordinary ones on CPU, none of them wants a gradient, and no mode or
     transform of PyTorch is active."""
-    if not untraced() or torch._C._len_torch_function_stack() > 0 or torch.autograd.forward_ad._current_level >= 0:
+    if not untraced() or torch._C._len_torch_function_stack() > 0:
         return False
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return False

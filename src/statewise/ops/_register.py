@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _deterministic
 from ._eager import direct
+from ._precision import no_autocast
 
 _library = torch.library.Library("statewise", "FRAGMENT")
 
@@ -65,9 +68,11 @@ def differentiable(op: Any, backward: Callable, save: Callable) -> None:
 def twice_differentiable(backward: Any, outputs: int, definition: Callable, inputs: Callable = lambda *given: given):
     """Let gradients that an operator computes be differentiated again, any number of times, in plain PyTorch.
 
+    The operator computes g, the gradient of <definition(inputs), slopes>; what is asked for is that of <g, seconds>.
+
     Args:
-        backward: `(gradients of the outputs..., *given) -> gradients of the first tensors given`, an operator.
-        outputs: how many gradients of outputs it takes.
+        backward: `(slopes of the outputs..., *given) -> gradients of the first tensors given`, an operator.
+        outputs: how many slopes it takes.
         definition: what was differentiated, in plain PyTorch: `(*inputs)` -> that many outputs, or the one.
         inputs: `(*given) -> inputs` where the operator is given something else in the place of an input.
     """
@@ -75,28 +80,37 @@ def twice_differentiable(backward: Any, outputs: int, definition: Callable, inpu
     def save(ctx, inputs, output):
         ctx.save_for_backward(*(t if isinstance(t, Tensor) else None for t in inputs))
         ctx.others = [None if isinstance(t, Tensor) else t for t in inputs]
-
-    def own(t):
-        """A tensor that stands for `t` in a graph of its own. What `t` was made from does not show through it."""
-        if not isinstance(t, Tensor) or not (t.is_floating_point() or t.is_complex()):
-            return t
-        return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+        ctx.set_materialize_grads(False)
 
     def derive(ctx, *seconds):
+        if _deterministic.active():
+            raise _deterministic.NotDeterministic(
+                f"{backward._schema.name}: further derivatives are made in plain PyTorch, in no fixed order"
+            )
         again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            given = [own(other if t is None else t) for t, other in zip(ctx.saved_tensors, ctx.others)]
+        with torch.enable_grad(), no_autocast(ctx.saved_tensors[0]):
+            given = [
+                other if t is None else _apart(t, wanted)
+                for t, other, wanted in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad)
+            ]
             slopes, rest = given[:outputs], given[outputs:]
-            arguments = [own(t) for t in inputs(*rest)]
+            # Once more, as one input may be made from another that is given.
+            asked = [s is not None for s in seconds]
+            arguments = [_apart(t, True) if wanted else t for t, wanted in zip_longest(inputs(*rest), asked)]
             made = definition(*arguments)
             made = [(y, g) for y, g in zip((made,) if outputs == 1 else made, slopes) if y.requires_grad]
-            firsts = _gradients(
-                [y for y, _ in made], arguments[: len(seconds)], [g for _, g in made], create_graph=True
-            )
+            firsts = _gradients([y for y, _ in made], arguments, [g for _, g in made], create_graph=True)
             pairs = [(g, s) for g, s in zip(firsts, seconds) if s is not None and g is not None and g.requires_grad]
             return _gradients([g for g, _ in pairs], given, [s for _, s in pairs], create_graph=again)
 
     torch.library.register_autograd(backward._schema.name, derive, setup_context=save, lib=_library)
+
+
+def _apart(t: Tensor, wanted: bool) -> Tensor:
+    """`t` in a graph of its own, into which what it was made from does not reach; with a gradient there if `wanted`."""
+    if not wanted or not (t.is_floating_point() or t.is_complex()):
+        return t.detach()
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 def _gradients(
@@ -104,14 +118,10 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad, with None for what has no gradient and for what is not a tensor."""
     live = [isinstance(t, Tensor) and t.requires_grad for t in wanted]
-    found = iter(
-        torch.autograd.grad(
-            of, [t for t, here in zip(wanted, live) if here], slopes, create_graph=create_graph, allow_unused=True
-        )
-        if of
-        else ()
-    )
-    return tuple(next(found, None) if here else None for here in live)
+    leaves = [t for t, here in zip(wanted, live) if here]
+    found = torch.autograd.grad(of, leaves, slopes, create_graph=create_graph, allow_unused=True) if of else ()
+    rest = iter(found)
+    return tuple(next(rest, None) if here else None for here in live)
 
 
 def recomputing(
@@ -170,12 +180,13 @@ def recomputing(
 
 
 def recomputing_kernels(
-    name: str, inputs: str, outputs: int, modules: str, fake: Callable, definition: Callable
+    name: str, inputs: str, outputs: int, module: str, fake: Callable, definition: Callable, **options: Any
 ) -> tuple[Any, Any]:
-    """`recomputing` for CPU and for GPU: `<name>_numba` and `<name>_triton`, from `<modules>numba` and
-    `<modules>triton`."""
+    """`recomputing` for CPU and GPU: `name` and `module` have "{}" where the back-end stands, "numba" or "triton"."""
     cpu, gpu = (
-        recomputing(f"{name}_{backend}", inputs, outputs, f"{modules}{backend}", fake, definition, device=device)
+        recomputing(
+            name.format(backend), inputs, outputs, module.format(backend), fake, definition, device=device, **options
+        )
         for backend, device in (("numba", "CPU"), ("triton", TRITON))
     )
     return cpu, gpu

@@ -35,6 +35,8 @@ from .subject import (
     from_state_one_by_one,
     history,
     one_by_one,
+    pushed,
+    pushed_forward,
     row_by_row,
     rows_at_once,
     run,
@@ -97,11 +99,13 @@ def second_derivatives_are_right(s: Subject) -> None:
 
 
 def transforms_agree(s: Subject) -> None:
-    """Law 9: gradients for each row by torch.func.vmap and torch.func.grad are those of one row at a time."""
+    """Law 9: outputs and gradients for each row, by transforms of torch.func, are those of one row at a time."""
     x = s.draw(BATCH, LENGTH, "x")
-    for seg in (None, _seg("mixed")[:1]):
+    for seg in (None, _seg("mixed")):
         ways = {"vmap of grad": partial(rows_at_once, seg=seg)}
         compare(s, "torch.func", partial(row_by_row, seg=seg), ways, x, grads=False)
+    with sdpa_kernel(SDPBackend.MATH):
+        compare(s, "torch.func", pushed, {"jvp": pushed_forward}, x, grads=False)
 
 
 def empty_works(s: Subject) -> None:

@@ -284,24 +284,60 @@ def slopes(subject: Subject, module: nn.Module, x: Tensor) -> Outcome:
 
 
 def row_by_row(subject: Subject, module: nn.Module, x: Tensor, *, seg: Segments | None) -> Outcome:
-    """Gradients of all parameters for each row; `seg` is that of every row."""
+    """Outputs, and gradients of all parameters, for each row."""
     with torch.enable_grad():
-        ys = [_shown(module(row[None], seg), seg) for row in x]
+        parts = [None if seg is None else seg[b : b + 1] for b in range(len(x))]
+        ys = [_shown(module(row[None], part), part) for row, part in zip(x, parts)]
         rows = [torch.autograd.grad((_weights(y) * y).sum(), list(module.parameters())) for y in ys]
-    return {f"slopes of {name}": torch.stack(parts) for (name, _), parts in zip(module.named_parameters(), zip(*rows))}
+    names = [name for name, _ in module.named_parameters()]
+    return {"y": torch.cat(ys)} | {f"gradients of {name}": torch.stack(gs) for name, gs in zip(names, zip(*rows))}
 
 
 def rows_at_once(subject: Subject, module: nn.Module, x: Tensor, *, seg: Segments | None) -> Outcome:
     """The same by transforms."""
     weights = _weights(module(x))
-
-    def number(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
-        y = torch.func.functional_call(module, parameters, (row[None], seg))
-        return (weights * _shown(y, seg)).sum()
-
     parameters = {name: p.detach() for name, p in module.named_parameters()}
-    found = torch.func.vmap(torch.func.grad(number), (None, 0))(parameters, x)
-    return {f"slopes of {name}": g for name, g in found.items()}
+    if seg is None:
+        rows: tuple[Tensor, ...] = (x,)
+    else:
+        rows = (x, seg.position, torch.ones_like(seg.resets) if seg.valid is None else seg.valid)
+
+    def outputs(parameters: dict[str, Tensor], row: Tensor, *marks: Tensor) -> Tensor:
+        part = Segments(*(t[None] for t in marks)) if marks else None
+        return _shown(torch.func.functional_call(module, parameters, (row[None], part)), part)[0]
+
+    def number(parameters: dict[str, Tensor], *row: Tensor) -> Tensor:
+        return (weights * outputs(parameters, *row)).sum()
+
+    axes = (None, *[0] * len(rows))
+    found = torch.func.vmap(torch.func.grad(number), axes)(parameters, *rows)
+    y = torch.func.vmap(outputs, axes)(parameters, *rows)
+    return {"y": y} | {f"gradients of {name}": g for name, g in found.items()}
+
+
+def _tangents(module: nn.Module) -> dict[str, Tensor]:
+    return {n: torch.randn(p.shape, generator=generator_for(n)).to(p.dtype) for n, p in module.named_parameters()}
+
+
+def pushed(subject: Subject, module: nn.Module, x: Tensor) -> Outcome:
+    """The derivative of the outputs along a direction of all parameters, by gradients of gradients."""
+    with torch.enable_grad():
+        y = module(x)
+        v = torch.zeros_like(y, requires_grad=True)
+        slopes = torch.autograd.grad(y, list(module.parameters()), v, create_graph=True, allow_unused=True)
+        pairs = [(g, t) for g, t in zip(slopes, _tangents(module).values()) if g is not None]
+        (out,) = torch.autograd.grad([g for g, _ in pairs], [v], [t for _, t in pairs])
+    return {"derivative": out}
+
+
+def pushed_forward(subject: Subject, module: nn.Module, x: Tensor) -> Outcome:
+    """The same by differentiation forward."""
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,))
+
+    return {"derivative": torch.func.jvp(outputs, (parameters,), (_tangents(module),))[1]}
 
 
 def _shown(y: Tensor, seg: Segments | None) -> Tensor:

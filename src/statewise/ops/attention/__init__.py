@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..._tracing import transformed
 from ...segments import Segments
 from .. import _checks, _deterministic
 from .._backend import BackendError, numba_reason, resolve
@@ -69,7 +72,8 @@ def attention(
         ValueError: shapes that do not fit; a `KVBuffer` that would have to drop a key that is still needed (under
             torch.compile that is a RuntimeError).
 
-    PyTorch has second derivatives of this under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` only.
+    PyTorch has second derivatives of this under `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)` only, which is what
+    it runs as under transforms of torch.func.
 
     Source: Vaswani et al. 2017, section 3.2.1; grouped heads: Ainslie et al. 2023; blocks: Amos et al. 2023 (arXiv
     2310.02980), appendix, for Path-X.
@@ -123,9 +127,11 @@ def _attend(
     """Heads first: q (B, H, L, P), k and v (B, Hk, T, P), seen (B or 1, 1, L, T) or None."""
     if ordered and seen is not None:
         return fixed.attend(q, k, v, seen, q.shape[-1] ** -0.5 if scale is None else scale)
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    # The fused kernels have no rules for vmap, and no derivatives forward.
+    with sdpa_kernel(SDPBackend.MATH) if transformed() else nullcontext():
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def reasons(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> dict[str, str | None]:

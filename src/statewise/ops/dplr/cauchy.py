@@ -99,7 +99,12 @@ def _fake(alpha, beta, a, x, length):
 
 
 _numba, _triton = recomputing_kernels(
-    "cauchy", "Tensor alpha, Tensor beta, Tensor a, Tensor x, int length", 2, "statewise.ops.dplr.", _fake, definition
+    "cauchy_{}",
+    "Tensor alpha, Tensor beta, Tensor a, Tensor x, int length",
+    2,
+    "statewise.ops.dplr.{}",
+    _fake,
+    definition,
 )
 
 

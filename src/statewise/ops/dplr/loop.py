@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...segments import Segments
 from .. import _checks
+from .._backend import chosen
 from .._eager import free
 
 
@@ -23,7 +24,7 @@ class Loop(NamedTuple):
 def serves(*tensors: Tensor | None) -> bool:
     """Whether tokens, coefficients and state, or those of them that are given, may go through the loop."""
     single = (torch.float32, torch.bfloat16, torch.float16, torch.complex64)
-    return free(*tensors) and all(t is None or t.dtype in single for t in tensors)
+    return chosen() is None and free(*tensors) and all(t is None or t.dtype in single for t in tensors)
 
 
 def prepare(w: Tensor, p: Tensor, b: Tensor, c: Tensor, D: Tensor | None) -> Loop:
@@ -40,7 +41,7 @@ def run(loop: Loop, u: Tensor, state: Tensor | None, seg: Segments | None) -> tu
     from . import loop_numba
 
     if state is not None:
-        _checks.shape("dplr_ssm", "state", state, (len(u), u.shape[2], loop.modes), {})
+        _checks.shape("dplr_ssm", "state", state, ("B", "D", "N"), {"B": len(u), "D": u.shape[2], "N": loop.modes})
     _checks.segments("dplr_ssm", seg, len(u), u.shape[1], u.device)
     v, marks = (u, None) if seg is None else (seg.mask(u), seg.marks)
     y, last = loop_numba.run(loop.table, v, state, marks, loop.modes)

@@ -305,14 +305,14 @@ def _definition(a, x, state, marks, reverse):
 def _from_states(a, h, state, marks, reverse):
     """The inputs of the recurrence from its states: x_t = h_t - a_t h_{t-1}, where t - 1 is the last valid position."""
     turn = (lambda t: t.flip(1)) if reverse else (lambda t: t)
-    states, marks_ = turn(h), h.new_zeros(h.shape[:2], dtype=torch.uint8) if marks is None else turn(marks)
+    states, order = turn(h), h.new_zeros(h.shape[:2], dtype=torch.uint8) if marks is None else turn(marks)
     first = torch.zeros_like(states[:, :1]) if state is None else state.unsqueeze(1)
     place = torch.arange(1, h.shape[1] + 1, device=h.device)
-    latest = torch.where(marks_ != INVALID, place, 0).cummax(1).values
+    latest = torch.where(order != INVALID, place, 0).cummax(1).values
     before = torch.cat([latest.new_zeros(len(h), 1), latest], 1)[:, :-1]
     earlier = torch.cat([first, states], 1).gather(1, before.unsqueeze(2).expand_as(states))
     # Masked before they are multiplied: what stands at padding, or before a document, may be anything.
-    own = (marks_ != CONTINUE).unsqueeze(2)
+    own = (order != CONTINUE).unsqueeze(2)
     carried = turn(_spread(a, h)).masked_fill(own, 0) * earlier.masked_fill(own, 0)
     return a, turn(states - carried), state, marks, reverse
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..._tracing import transformed
 from ...segments import Segments
 from ...segments import reverse as reverse_time
 from .. import _checks, _deterministic
@@ -19,6 +21,7 @@ from .algorithms import ALGORITHMS as ALGORITHMS  # where the laws look for it
 from .algorithms import check_algorithm
 from .convolution import convolve
 from .one_token import advance, apart, factors
+from .reference import OP
 from .vandermonde import diagonal_kernel
 
 __all__ = [
@@ -32,7 +35,6 @@ __all__ = [
     "lti_conv",
 ]
 
-_OP = "diagonal_ssm"
 # Up to this many tokens the plain recurrence is cheaper than setting up any closed form.
 _FEW = 8
 
@@ -96,6 +98,8 @@ def lti_conv(
         x = reverse_time(v, seg) if reverse else v
         if seg is None:
             y = convolve(x.mT, past, backend, ahead).mT
+        elif transformed():
+            y = _as_matrices(x, past, ahead, seg)
         elif seg.right_padded:
             # Zeros behind a document add nothing to it, so the rows may stay as they are.
             y = seg.mask(convolve(x.mT, past, backend, ahead).mT)
@@ -106,6 +110,19 @@ def lti_conv(
     if D is not None:
         y = y + D.to(real) * v
     return y.to(u.dtype)
+
+
+def _as_matrices(u: Tensor, kernel: Tensor, future: Tensor | None, seg: Segments) -> Tensor:
+    """Where how documents lie must not decide what is computed. Takes memory (B, D, L, L)."""
+    length = u.shape[1]
+    dense = documents.toeplitz(_taps(kernel, length), None, seg)
+    if future is not None:
+        dense = dense + documents.toeplitz(_taps(F.pad(future, (1, 0)), length), None, seg).mT
+    return (dense @ u.mT.unsqueeze(-1)).squeeze(-1).mT
+
+
+def _taps(kernel: Tensor, length: int) -> Tensor:
+    return F.pad(kernel[:, :length], (0, max(length - kernel.shape[1], 0)))
 
 
 def _per_document(u: Tensor, kernel: Tensor, future: Tensor | None, seg: Segments, backend: str | None) -> Tensor:
@@ -136,16 +153,11 @@ def _per_document(u: Tensor, kernel: Tensor, future: Tensor | None, seg: Segment
 
 
 def _check_coefficients(log_a, b, c, D, sizes: dict[str, int]) -> None:
-    _checks.shape(_OP, "log_a", log_a, ("D", "N"), sizes)
-    _checks.shape(_OP, "b", b, ("D", "N"), sizes)
-    _checks.shape(_OP, "c", c, ("D", "N"), sizes)
+    _checks.shape(OP, "log_a", log_a, ("D", "N"), sizes)
+    _checks.shape(OP, "b", b, ("D", "N"), sizes)
+    _checks.shape(OP, "c", c, ("D", "N"), sizes)
     if D is not None:
-        _checks.shape(_OP, "D", D, ("D",), sizes)
-
-
-def _check_state(state: Tensor | None, dtype: torch.dtype) -> None:
-    if state is not None and state.is_complex() and not dtype.is_complex:
-        raise TypeError(f"{_OP}: state: want a real state beside real coefficients, got {state.dtype}")
+        _checks.shape(OP, "D", D, ("D",), sizes)
 
 
 def reasons(**_) -> dict[str, str | None]:
@@ -159,7 +171,7 @@ def _choose(algorithm: str | None, u: Tensor, seg: Segments | None) -> str:
             return "recurrent"
         # Measured on CPU (N = 32, forward and backward, 1,024 to 4,096 tokens): 2 to 2.5 times as fast as chunks.
         return "fft" if seg is None else "chunk"
-    check_algorithm(_OP, algorithm, seg)
+    check_algorithm(OP, algorithm, seg)
     return algorithm
 
 
@@ -178,7 +190,7 @@ def composite(u, log_a, b, c, D, state, position, valid, conjugate, algorithm):
 
 
 _whole = recomputing(
-    _OP,
+    OP,
     "Tensor u, Tensor log_a, Tensor b, Tensor c, Tensor? D, Tensor? state, Tensor? position, Tensor? valid, "
     "bool conjugate, str? algorithm",
     2,
@@ -234,21 +246,21 @@ def diagonal_ssm(
     Source: S4D (Gu et al., 2022), section 3; state passing by chunks as in SSD (Dao & Gu, 2024), section 6.
     """
     sizes: dict[str, int] = {}
-    _checks.shape(_OP, "u", u, ("B", "L", "D"), sizes)
+    _checks.shape(OP, "u", u, ("B", "L", "D"), sizes)
     _check_coefficients(log_a, b, c, D, sizes)
     if state is not None:
-        _checks.shape(_OP, "state", state, ("B", "D", "N"), sizes)
+        _checks.shape(OP, "state", state, ("B", "D", "N"), sizes)
     if u.is_complex():
-        raise TypeError(f"{_OP}: u: want a real tensor, got {u.dtype}")
-    _checks.same_kind(_OP, ("u", u), log_a=log_a, b=b, c=c, D=D, state=state)
-    _checks.segments(_OP, seg, sizes["B"], sizes["L"], u.device)
-    _check_state(state, reference.lift(u, log_a, b, c)[1])
+        raise TypeError(f"{OP}: u: want a real tensor, got {u.dtype}")
+    _checks.same_kind(OP, ("u", u), log_a=log_a, b=b, c=c, D=D, state=state)
+    _checks.segments(OP, seg, sizes["B"], sizes["L"], u.device)
+    reference.check_state(state, reference.lift(u, log_a, b, c)[1])
     if _deterministic.active():
         _refuse(numba_reason(u), algorithm)
         return fixed.diagonal_ssm(u, log_a, b, c, D, conjugate, state, seg)
-    resolve(_OP, reasons(), backend)
+    resolve(OP, reasons(), backend)
     if torch.compiler.is_compiling():
-        check_algorithm(_OP, algorithm, seg)
+        check_algorithm(OP, algorithm, seg)
         position, valid = (None, None) if seg is None else (seg.position, seg.valid)
         return _whole(u, log_a, b, c, D, state, position, valid, conjugate, algorithm)
     return run(u, log_a, b, c, D, conjugate, state, seg, algorithm, final_state)
@@ -271,7 +283,7 @@ def _refuse(reason: str | None, algorithm: str | None) -> None:
     if algorithm not in (None, "recurrent"):
         reason = f"algorithm={algorithm!r} adds up in an order that depends on the length"
     if reason is not None:
-        raise BackendError(f"{_OP}: inside statewise.deterministic() only a recurrence on CPU serves: {reason}")
+        raise BackendError(f"{OP}: inside statewise.deterministic() only a recurrence on CPU serves: {reason}")
 
 
 def closed_form(
@@ -405,7 +417,7 @@ def diagonal_ssm_carry(
 
 register(
     OpSpec(
-        name=_OP,
+        name=OP,
         run=diagonal_ssm,
         reference=reference.diagonal_ssm,
         value="u",

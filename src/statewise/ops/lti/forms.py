@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._tracing import transformed
 from .convolution import convolve
 from .modes import all_powers, dot_parts, parts, steps, whole
 from .moments import moments
@@ -69,7 +70,7 @@ def _inside(u: Tensor, kernel: Tensor, document: Tensor) -> Tensor:
 
 def _inside_chunks(u: Tensor, kernel: Tensor, document: Tensor | None) -> Tensor:
     """As `_inside`; chunks that hold a single document (document None: all) take one dense matrix product."""
-    if document is not None and torch.compiler.is_compiling():
+    if document is not None and (torch.compiler.is_compiling() or transformed()):
         return _inside(u, kernel, document)  # which chunks are mixed is data, and shapes may not depend on data
     y = u @ _toeplitz(kernel, u.shape[-1])
     if document is None:

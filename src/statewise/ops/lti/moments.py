@@ -48,4 +48,6 @@ def _fake(u: Tensor, log_a: Tensor) -> Tensor:
     return log_a.new_empty(u.shape[0], *log_a.shape)
 
 
-_numba, _triton = recomputing_kernels("moments", "Tensor u, Tensor log_a", 1, "statewise.ops.lti.moments_", _fake, sums)
+_numba, _triton = recomputing_kernels(
+    "moments_{}", "Tensor u, Tensor log_a", 1, "statewise.ops.lti.moments_{}", _fake, sums
+)

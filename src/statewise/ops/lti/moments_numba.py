@@ -54,7 +54,7 @@ def _forward(start, stop, worker, u, ub, ul, log_a, B, D, N, Q, length, out):
         np.zeros(even * Q, np.float32),
     )
     for d in range(start, stop):
-        fine_powers(log_a, 2 * d * N, N, Q, walk, fine, ends)
+        fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
         for n in range(0, N, LANES):
             for j in range(LANES):
                 walk[j], walk[LANES + j] = 1.0, 0.0

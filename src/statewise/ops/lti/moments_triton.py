@@ -1,4 +1,5 @@
-"""The last state of diagonal systems on a GPU, by the kernels of `vandermonde_triton`."""
+"""The last state of diagonal systems on a GPU: what `vandermonde_triton` gives as the gradient of coefficients that are
+zero, and as gradients of those."""
 
 from __future__ import annotations
 

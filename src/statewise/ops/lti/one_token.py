@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ...segments import Segments
 from .. import _checks
+from .._backend import resolve
 from .._deterministic import token_apart
 from .modes import dot_parts, parts
-from .reference import NOTHING
+from .reference import NOTHING, OP, check_state
 
 
 def apart(u: Tensor, seg: Segments | None) -> bool:
@@ -20,8 +21,8 @@ def apart(u: Tensor, seg: Segments | None) -> bool:
 
 
 class Factors(NamedTuple):
-    a: Tensor  # (D, N): factor per step
-    b: Tensor  # (D, N)
+    a: Tensor  # (D, N), or (N,) where all channels have the same: factor per step
+    b: Tensor  # (D, N), or (1,) where it is one number
     read: Tensor  # (D, N), or (D, 2 N) for the parts of complex states: y = read . parts(h)
     skip: Tensor | None  # (D,)
 
@@ -37,7 +38,10 @@ def factors(log_a: Tensor, b: Tensor, c: Tensor, D: Tensor | None, *, conjugate:
 
 def advance(f: Factors, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """u (B, 1, D), state (B, D, N) -> y (B, 1, D) in the dtype of u, new state."""
-    _checks.shape("diagonal_ssm", "state", state, (len(u), *f.a.shape), {})
+    resolve(OP, {"reference": None})
+    _checks.shape(OP, "state", state, ("B", "D", "N"), {"B": len(u), "D": u.shape[-1], "N": f.a.shape[-1]})
+    _checks.same_kind(OP, ("u", u), log_a=f.a, state=state)
+    check_state(state, f.a.dtype)
     u = u.squeeze(1)
     v = u.to(_checks.compute_dtype(u))
     h = torch.addcmul(f.b * v.unsqueeze(-1), f.a, state.to(f.a.dtype))

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...segments import INVALID, RESET, Segments
 from .. import _checks
 
+OP = "diagonal_ssm"
 # exp of anything below this is zero in every dtype; it stands in for log 0 = -inf, of which 0 * -inf would be NaN.
 NOTHING = -2000.0
 
@@ -41,6 +42,12 @@ def lift(u: Tensor, *coefficients: Tensor | None) -> tuple[torch.dtype, torch.dt
     real = _checks.compute_dtype(u)
     is_complex = any(t is not None and t.is_complex() for t in coefficients)
     return real, (_checks.complex_dtype(real) if is_complex else real)
+
+
+def check_state(state: Tensor | None, dtype: torch.dtype) -> None:
+    """`dtype`: that of the state in which a call is computed."""
+    if state is not None and state.is_complex() and not dtype.is_complex:
+        raise TypeError(f"{OP}: state: want a real state beside real coefficients, got {state.dtype}")
 
 
 def lags(length: int, seg: Segments | None, device: torch.device) -> tuple[Tensor, Tensor]:

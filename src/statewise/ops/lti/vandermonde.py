@@ -85,5 +85,5 @@ def _fake(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
 
 
 _numba, _triton = recomputing_kernels(
-    "vandermonde", "Tensor log_a, Tensor coeff, int length", 1, "statewise.ops.lti.vandermonde_", _fake, products
+    "vandermonde_{}", "Tensor log_a, Tensor coeff, int length", 1, "statewise.ops.lti.vandermonde_{}", _fake, products
 )

@@ -18,13 +18,12 @@ from torch import Tensor
 from .. import _numba as common
 from .._simd import LANES, fill, load, load_wide, multiply_add, narrow, put, store, store_wide, transpose, zeros
 from .modes import split
+from .reference import NOTHING
 
 _F = np.float32
 GROUP = 2 * LANES
 # What `_walk` works on: p of a group from 0 on, the factor z from here on; real parts, then imaginary parts.
 _FACTOR = GROUP
-# exp of anything below this is zero, also in float64.
-_NOTHING = -2000.0
 
 
 @common.kernel
@@ -40,7 +39,7 @@ def _begin(walk, at, values, first, count, sign):
 def _exponentials(walk, count):
     """From log a in the place of z to p = 1 and z = a."""
     for j in range(LANES):
-        modulus = math.exp(max(walk[_FACTOR + j], _NOTHING)) if j < count else 0.0
+        modulus = math.exp(max(walk[_FACTOR + j], NOTHING)) if j < count else 0.0
         angle = walk[_FACTOR + LANES + j]
         walk[_FACTOR + j], walk[_FACTOR + LANES + j] = modulus * math.cos(angle), modulus * math.sin(angle)
         walk[j], walk[LANES + j] = 1.0 if j < count else 0.0, 0.0
@@ -64,12 +63,18 @@ def _walk(walk, count, table, at, gap, stride):
 
 
 @common.kernel
-def fine_powers(log_a, first, N, Q, walk, table, ends):
-    """a^r for r < Q of one channel, (groups, 2, Q, LANES), and a^Q, (groups, 2, LANES)."""
+def fine_powers(log_a, first, N, Q, length, walk, table, ends):
+    """a^r for r < Q of one channel, (groups, 2, Q, LANES), and a^Q, (groups, 2, LANES).
+
+    Past the length there are zeros: a mode that grows could be infinite there.
+    """
+    count = min(Q, length)
     for n in range(0, N, LANES):
         _begin(walk, _FACTOR, log_a, first + 2 * n, N - n, 1.0)
         _exponentials(walk, N - n)
-        _walk(walk, Q, table, 2 * n * Q, Q * LANES, LANES)
+        for at in range(2 * n * Q, 2 * (n + LANES) * Q if count < Q else 0):
+            table[at] = 0.0
+        _walk(walk, count, table, 2 * n * Q, Q * LANES, LANES)
         for j in range(GROUP):
             ends[2 * n + j] = walk[j]
 
@@ -112,7 +117,7 @@ def _forward(start, stop, worker, log_a, coeff, K, D, N, Q, length, out):
     fine, right = np.empty(Q * wide, np.float32), np.empty(Q * wide, np.float32)
     left = np.zeros((chunks + 3) // 4 * 4 * wide, np.float32)
     for d in range(start, stop):
-        fine_powers(log_a, 2 * d * N, N, Q, walk, fine, ends)
+        fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
         for m in range(0, wide, LANES):
             for r in range(0, Q, LANES):
                 transpose(fine, m * Q + r * LANES, LANES, right, r * wide + m * LANES, LANES)
@@ -162,7 +167,7 @@ def _backward(start, stop, worker, grad, log_a, coeff, K, D, N, Q, length, d_log
     fine, coarse = np.empty(Q * wide, np.float32), np.empty(chunks * wide, np.float32)
     slope, late = np.zeros(chunks * Q, np.float32), np.zeros(chunks * Q, np.float32)
     for d in range(start, stop):
-        fine_powers(log_a, 2 * d * N, N, Q, walk, fine, ends)
+        fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
         for n in range(0, N, LANES):
             for j in range(LANES):
                 walk[j], walk[LANES + j] = 1.0, 0.0

@@ -18,11 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton import LOG2E, Config, capability, config, tuned
+from .reference import NOTHING
 
 _TURNS = tl.constexpr(1 / (2 * math.pi))
 _RADIANS = tl.constexpr(2 * math.pi / 2**32)
-# 2^x of anything below this is zero.
-_NOTHING = tl.constexpr(-2000.0)
+_NOTHING = tl.constexpr(NOTHING)
 # Stretches of the backward pass at most, so that partial sums stay small beside the kernel.
 _STRETCHES = 16
 
@@ -61,6 +61,7 @@ def _forward(
     parts: tl.constexpr = 2 if COMPLEX else 1
     start = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)) * WIDTH
     r = tl.arange(0, WIDTH)
+    short = tl.where(r < L, r, 0)  # a mode may grow, past the end to infinity
     log_a += d * N * parts
     coeff += row * N * parts
     total = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -68,9 +69,9 @@ def _forward(
         n = first + tl.arange(0, MODES)
         log_modulus, angle = _modes(log_a, n, n < N, COMPLEX)
         c_re = tl.load(coeff + n * parts, mask=n < N, other=0.0)[None, :]
-        exponent = tl.where(start < L, start, 0)[:, None]  # a mode may grow, past the end to infinity
+        exponent = tl.where(start < L, start, 0)[:, None]
         p_re, p_im = _power(log_modulus[None, :], angle[None, :], exponent, COMPLEX)
-        f_re, f_im = _power(log_modulus[:, None], angle[:, None], r[None, :], COMPLEX)
+        f_re, f_im = _power(log_modulus[:, None], angle[:, None], short[None, :], COMPLEX)
         if COMPLEX:
             c_im = tl.load(coeff + n * parts + 1, mask=n < N, other=0.0)[None, :]
             total = tl.dot(c_re * p_re - c_im * p_im, f_re, total, input_precision="ieee")
@@ -104,8 +105,9 @@ def _backward(
     n = tl.program_id(1) * MODES + tl.arange(0, MODES)
     inside = n < N
     r = tl.arange(0, WIDTH)
+    short = tl.where(r < L, r, 0)  # a mode may grow, past the end to infinity
     log_modulus, angle = _modes(log_a + d * N * parts, n, inside, COMPLEX)
-    f_re, f_im = _power(log_modulus[None, :], angle[None, :], r[:, None], COMPLEX)
+    f_re, f_im = _power(log_modulus[None, :], angle[None, :], short[:, None], COMPLEX)
     sum_re = tl.zeros([MODES], tl.float32)
     sum_im = tl.zeros([MODES], tl.float32)
     last = tl.minimum((stretch + 1) * TILES, tl.cdiv(L, ROWS * WIDTH))

@@ -81,6 +81,6 @@ def _definition(x: Tensor, z: Tensor | None, weight: Tensor | None, eps: float, 
 
 
 _numba, _triton = recomputing_kernels(
-    "rms_norm", "Tensor x, Tensor? z, Tensor? weight, float eps, int groups", 1, "statewise.ops.norm.",
+    "rms_norm_{}", "Tensor x, Tensor? z, Tensor? weight, float eps, int groups", 1, "statewise.ops.norm.{}",
     lambda x, z, weight, eps, groups: x.new_empty(x.shape), _definition,
 )  # fmt: skip

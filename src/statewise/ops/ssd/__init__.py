@@ -125,6 +125,12 @@ _backward = operator(
 _one = operator(f"ssd_numba_step({_INPUTS}) -> (Tensor, Tensor)", "statewise.ops.ssd.numba:step", _fake_step)
 
 
+def _definition(x, dt, A, B, C, D, state, marks, _boundaries, chunk):
+    """Of what the operators compute, from what is given to the one for gradients."""
+    seg = Segments.from_marks(marks)
+    return ssd(x, dt, A, B, C, D, chunk_size=chunk, state=state, seg=seg, backend="reference")
+
+
 def _save(ctx, inputs, output):
     *tensors, chunk, _ = inputs
     ctx.save_for_backward(*tensors, output[2])
@@ -142,12 +148,7 @@ def _gradients(ctx, dy, dlast, _):
 
 differentiable(_forward, _gradients, _save)
 differentiable(_recurrent, _gradients, _save)
-twice_differentiable(
-    _backward, 2,
-    lambda x, dt, A, B, C, D, state, marks, _boundaries, chunk: ssd(
-        x, dt, A, B, C, D, chunk_size=chunk, state=state, seg=Segments.from_marks(marks), backend="reference"
-    ),
-)  # fmt: skip
+twice_differentiable(_backward, 2, _definition)
 
 
 # ---- the GPU kernels as operators ------------------------------------------------------------------------------------
@@ -165,14 +166,16 @@ def _fake_triton_step(x, dt, A, B, C, D, z, dt_bias, state, dt_softplus, low, hi
     return x.new_empty(x.shape), x.new_empty((*x.shape, B.shape[2]), dtype=torch.float32)
 
 
-_triton_forward = recomputing(
-    "ssd_triton", f"{_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk", 2, "statewise.ops.ssd.triton",
-    _fake_triton,
-    lambda x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, chunk: ssd(
+def _definition_triton(x, dt, A, B, C, D, z, dt_bias, state, marks, dt_softplus, low, high, chunk):
+    return ssd(
         x, dt, A, B, C, D, z, dt_bias, dt_softplus, chunk or None, dt_limit=(low, high), state=state,
         seg=Segments.from_marks(marks), backend="reference",
-    ),
-    gradients=9, device=TRITON,
+    )  # fmt: skip
+
+
+_triton_forward = recomputing(
+    "ssd_triton", f"{_GPU_INPUTS}, Tensor? marks, {_GPU_OPTIONS}, int chunk", 2, "statewise.ops.ssd.triton",
+    _fake_triton, _definition_triton, gradients=9, device=TRITON,
 )  # fmt: skip
 _triton_one = operator(
     f"ssd_triton_step({_GPU_INPUTS}, {_GPU_OPTIONS}) -> (Tensor, Tensor)",
