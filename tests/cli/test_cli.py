@@ -112,7 +112,7 @@ def _error(capsys, *arguments):
         (["run", "--batch-size", "3", "--devices", "2"], "--batch-size: 3 rows do not divide over 2 devices"),
         (["run", "--resume", "nowhere"], "there is no run directory nowhere"),
         (["run", "--resume", "."], "not a run directory"),
-        (["run", "--resume", "x", "--steps", "3"], "--resume: takes no other option, got --steps 3"),
+        (["run", "--resume", "x", "--steps", "3"], "--resume: takes no other option than --max-minutes, got --steps 3"),
         (["run", "--config", "none.yaml"], "cannot read none.yaml"),
         (["run", "--config", "bad.yaml"], "config file: unknown option 'stpes'; did you mean 'steps'?"),
         (["run", "--config", "type.yaml"], "config file: steps: want INT, got 'x'"),
@@ -252,7 +252,11 @@ def test_time_limit(here, capsys):
     assert main(_arguments("--steps", "100000", "--max-minutes", "0.02", "--eval-every", "100000", "--out", "r")) == 0
     out = capsys.readouterr().out
     assert "statewise run --resume r" in out.replace("\n", " ")
-    assert RunDirectory("r").saved_steps()
+    first = RunDirectory("r").saved_steps()[-1]
+    assert "--max-minutes: want a number" in _error(capsys, "run", "--resume", "r", "--max-minutes", "x")
+    assert "--max-minutes: want a positive number" in _error(capsys, "run", "--resume", "r", "--max-minutes=0")
+    assert main(["run", "--resume", "r", "--max-minutes", "0.01"]) == 0
+    assert RunDirectory("r").saved_steps()[-1] > first
 
 
 def test_a_loss_that_explodes_stops_the_run(here, capsys):

@@ -83,7 +83,22 @@ def test_batch_norm_agrees_with_pytorch_over_valid_positions():
     assert_agree(got[seg.valid], want, "valid positions")
     assert bool((got[~seg.valid] == 0).all())
     assert_agree(ours.running_var, theirs.running_var, "running variance")
-    assert_agree(ours.eval()(x, seg)[seg.valid], theirs.eval()(x[seg.valid]), "in evaluation")
+    # What was there before the first batch has no part in evaluation; in PyTorch it fades.
+    rows = x[seg.valid]
+    want = (rows - rows.mean(0)) / (rows.var(0) + 1e-5).sqrt()
+    assert_agree(ours.eval()(x, seg)[seg.valid], want, "in evaluation after three batches", 3)
+    for _ in range(300):
+        ours.train()(x, seg), theirs(rows)
+    assert_agree(ours.eval()(x, seg)[seg.valid], theirs.eval()(rows), "in evaluation after many", 300)
+
+
+def test_batch_norm_before_any_batch():
+    from statewise.blocks.norms import BatchNorm
+
+    x = torch.randn(3, 7, 4)
+    assert_agree(BatchNorm(4).eval()(x), x / (1 + 1e-5) ** 0.5, "as it is")
+    with pytest.raises(ValueError, match="momentum: want more than 0 and at most 1, got 0"):
+        BatchNorm(4, momentum=0)
 
 
 def test_a_pair_is_compared_by_its_features():

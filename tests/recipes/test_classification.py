@@ -102,6 +102,31 @@ def test_a_phase_before_the_labels(name, pretrain, tmp_path):
     assert first.lr * first.dynamics_lr == pytest.approx(SHORT.lr * SHORT.dynamics_lr)
 
 
+def test_a_signal_at_the_end_of_the_first_phase_stops_the_run(tmp_path, monkeypatch):
+    from statewise.recipes import _execute
+
+    options = {"pretrain": "masked", "pretrain_steps": 4}
+    with monkeypatch.context() as patch:
+        real = _execute._before
+        patch.setattr(_execute, "_before", lambda *given: replace(real(*given), signal=2))
+        _, _, outcome, rows, _ = _run("image.digits", tmp_path / "run", **options)
+    assert (outcome.finished, outcome.signal, rows) == (False, 2, [])
+    _, _, outcome, rows, _ = _run("image.digits", tmp_path / "run", resume=True, **options)
+    assert outcome.finished
+    assert rows
+
+
+def test_time_is_that_of_all_phases(tmp_path):
+    options = {"pretrain": "masked", "pretrain_steps": 4, "training": replace(SHORT, max_minutes=1e-6)}
+    _, run, outcome, rows, _ = _run("image.digits", tmp_path / "run", **options)
+    assert not outcome.finished
+    inner = RunDirectory(run.path / "pretrain")
+    while not inner.results.is_file():
+        _, run, outcome, rows, _ = _run("image.digits", tmp_path / "run", resume=True, **options)
+        assert not outcome.finished
+    assert rows == []
+
+
 def test_both_phases_can_be_resumed(tmp_path):
     options = {"pretrain": "masked", "pretrain_steps": 6}
     _, run, _, rows, _ = _run("image.fashion_mnist", tmp_path / "run", **options)

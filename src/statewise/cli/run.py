@@ -61,6 +61,13 @@ def take(argv: list[str], flag: str) -> str | None:
     return None
 
 
+def _number(minutes: str) -> float:
+    try:
+        return float(minutes)
+    except ValueError:
+        raise ValueError(f"--max-minutes: want a number, got {minutes!r}") from None
+
+
 def main(argv: list[str]) -> int:
     argv = list(argv)
     named = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -69,10 +76,12 @@ def main(argv: list[str]) -> int:
         return 0
     resume = take(argv, "--resume")
     if resume is not None:
+        minutes = take(argv, "--max-minutes")
         if argv or named:
             left = " ".join([*([named] if named else []), *argv])
-            raise UserError(f"--resume: takes no other option, got {left}; the run goes on with the options it has")
-        return _resume(resume)
+            hint = "the run goes on with the options it has"
+            raise UserError(f"--resume: takes no other option than --max-minutes, got {left}; {hint}")
+        return _resume(resume, minutes)
     return _start(named, argv)
 
 
@@ -125,18 +134,22 @@ def _start(named: str | None, argv: list[str]) -> int:
     return _execute(built, run, resume=False)
 
 
-def _resume(path: str) -> int:
+def _resume(path: str, minutes: str | None) -> int:
     from ..training.directory import RunDirectory
 
     with user_errors():
         run = RunDirectory.open(path)
         if run.card.is_file():
             raise ValueError(f"--resume: {run} is finished; see {run.card}, or start a new run")
-    return go_on(run, resume=True)
+    return go_on(run, resume=True, minutes=minutes)
 
 
-def go_on(run: RunDirectory, *, resume: bool) -> int:
-    """Run what config.yaml of a run directory says, from its newest checkpoint or from the start."""
+def go_on(run: RunDirectory, *, resume: bool, minutes: str | None = None) -> int:
+    """Run what config.yaml of a run directory says, from its newest checkpoint or from the start.
+
+    Args:
+        minutes: --max-minutes of this call, if not that of config.yaml.
+    """
     from ..training.fit import is_first_process
 
     with user_errors():
@@ -144,6 +157,8 @@ def go_on(run: RunDirectory, *, resume: bool) -> int:
         recipe = config.pop("recipe", None)
         if not isinstance(recipe, str):
             raise ValueError(f"{run.config} names no recipe")
+        if minutes is not None:
+            config["max_minutes"] = _number(minutes)
     built = _build(recipe, parsed(recipe, config))
     if is_first_process():
         os.environ[_SHARED] = str(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -75,12 +76,19 @@ def execute(
             write_model_config(recipe.model, run)
         except OSError as error:
             raise TrainingError(f"cannot write into {run}: {error.strerror or error}") from error
+    training = recipe.training
     if recipe.before is not None:
+        began = time.monotonic()
         outcome = _before(recipe.before, recipe.model, run, console)
-        if not outcome.finished:
-            return outcome
+        if not outcome.finished or outcome.signal is not None:
+            return replace(outcome, finished=False)
+        if training.max_minutes is not None:
+            left = training.max_minutes - (time.monotonic() - began) / 60
+            if left <= 0:
+                return replace(outcome, finished=False)
+            training = replace(training, max_minutes=left)
     before = _memory(recipe)
-    outcome = fit(recipe.task, recipe.data, recipe.training, run, resume=resume, console=console)
+    outcome = fit(recipe.task, recipe.data, training, run, resume=resume, console=console)
     if outcome.finished and outcome.first_process:
         if recipe.training.strategy == "fsdp2":
             # The weights in memory are shards; the last checkpoint is whole.

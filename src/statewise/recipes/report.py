@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .._version import __version__
 from ..inference import bits_per_token, generate
-from ..training.directory import RunDirectory, read_metrics
+from ..training.directory import RunDirectory, read_metrics, times
 from .curve import plot_curve
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def _parameters(model: torch.nn.Module) -> int:
 
 
 def _speed(rows: list[dict[str, float]]) -> tuple[float, float]:
-    """(tokens per second, seconds) of the training, validations included."""
-    last = rows[-1]
-    return last["tokens"] / max(last["seconds"], 1e-9), last["seconds"]
+    """(tokens per second, seconds) of the training, validations not counted."""
+    seconds = times(rows)[0][-1]
+    return rows[-1]["tokens"] / max(seconds, 1e-9), seconds
 
 
 def _write(path: Path, text: str) -> None:

@@ -171,7 +171,9 @@ class StopInOrder(Callback):
             self.out_of_time = late and self.signal is None
             self.checkpoints.save(trainer)
             trainer.should_stop = True
-            trainer.limit_val_batches = 0  # whoever pressed Ctrl-C does not want to wait for a validation
+            if trainer.global_step < trainer.max_steps:
+                # Whoever pressed Ctrl-C does not want to wait for a validation; but a finished run reports its last one.
+                trainer.limit_val_batches = 0
 
     def on_train_end(self, *_: Any) -> None:
         self.restore()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -184,3 +184,22 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
     for row in csv.DictReader(lines):
         rows.append({k: int(v) if k == "step" else float(v) for k, v in row.items() if v})
     return rows
+
+
+def times(rows: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
+    """(for each row the seconds of training up to it; the seconds of single steps).
+
+    The row of a validation stands after that of its step, and the time between them is that of the validation.
+    """
+    clock, single = 0.0, []
+    at, before = [], None
+    for row in rows:
+        took = row["seconds"] - (before["seconds"] if before else 0.0)
+        is_step = "lr" in row
+        if is_step:
+            clock += took
+        if is_step and before and "lr" in before and row["step"] > before["step"]:
+            single.append(took / (row["step"] - before["step"]))
+        at.append(clock)
+        before = row
+    return at, single

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from statewise import ops, recipes
+from statewise import mixers, ops, recipes
 from statewise.recipes.compare.cost import FlopCounter, match_width, parameters, step_flops
 from statewise.training.options import Training
 
@@ -102,3 +102,11 @@ def test_widths_that_a_model_refuses_are_passed_over():
 
 def test_parameters():
     assert parameters(nn.Linear(3, 4)) == 16
+
+
+def test_a_recurrence_of_pytorch_counts():
+    """A product with each matrix at each position, twice as much backward."""
+    mixer, x = mixers.create("lstm", 8), torch.randn(3, 5, 8, requires_grad=True)
+    forward = 2 * 15 * (2 * 32 * 8)
+    assert _counted(lambda: mixer(x)) == (forward, set())
+    assert _counted(lambda: mixer(x).sum().backward()) == (3 * forward, set())

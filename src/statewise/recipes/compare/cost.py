@@ -39,7 +39,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     return sdpa_flop_count(q.shape, k.shape, v.shape) // (2 if any(dropout_causal) else 1)
 
 
+def _recurrent(x: Tensor, *weights: Tensor) -> int:
+    """Of a layer such as an LSTM on x (..., D): a product with each of its matrices for each position."""
+    return 2 * x.numel() // x.shape[-1] * sum(w.numel() for w in weights if w.ndim == 2)
+
+
 _MORE: dict[Any, Callable[..., int]] = {
+    _aten.mkldnn_rnn_layer: lambda x, a, b, *_: _recurrent(x, a, b),
+    _aten.mkldnn_rnn_layer_backward: lambda x, a, b, *_: 2 * _recurrent(x, a, b),
+    _aten._cudnn_rnn: lambda x, weights, *_: _recurrent(x, *weights),
+    _aten._cudnn_rnn_backward: lambda x, weights, *_: 2 * _recurrent(x, *weights),
     _aten._fft_r2c: lambda x, dims, *_: _fft(x, dims, True),
     _aten._fft_c2r: lambda x, dims, norm, size: _fft(x, dims, True, size),
     _aten._fft_c2c: lambda x, dims, *_: _fft(x, dims, False),

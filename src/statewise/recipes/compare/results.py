@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._files import write_atomically
-from ...training.directory import RunDirectory, read_metrics
+from ...training.directory import RunDirectory, read_metrics, times
 from .plan import Job
 from .state import DIVERGED, FINISHED, read_json, state_of
 
@@ -122,25 +122,6 @@ class Run:
         if self.peak_memory_bytes is None or self.memory_before_bytes is None:
             return self.peak_memory_bytes
         return self.peak_memory_bytes - self.memory_before_bytes
-
-
-def times(rows: Sequence[Mapping[str, float]]) -> tuple[list[float], list[float]]:
-    """(for each row the seconds of training up to it; the seconds of single steps).
-
-    The row of a validation stands after that of its step, and the time between them is that of the validation.
-    """
-    clock, single = 0.0, []
-    at, before = [], None
-    for row in rows:
-        took = row["seconds"] - (before["seconds"] if before else 0.0)
-        is_step = "lr" in row
-        if is_step:
-            clock += took
-        if is_step and before and "lr" in before and row["step"] > before["step"]:
-            single.append(took / (row["step"] - before["step"]))
-        at.append(clock)
-        before = row
-    return at, single
 
 
 def step_time(single: Sequence[float]) -> float | None:
