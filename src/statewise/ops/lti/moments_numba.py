@@ -10,7 +10,7 @@ from .. import _numba as common
 from .._simd import LANES, fill, load, multiply_add, store, zeros
 from . import vandermonde_numba as vandermonde
 from .moments import adjoint
-from .vandermonde_numba import GROUP, coarse_powers, fine_powers, numbers
+from .vandermonde_numba import GROUP, numbers, tables
 
 
 @common.kernel
@@ -54,11 +54,7 @@ def _forward(start, stop, worker, u, ub, ul, log_a, B, D, N, Q, length, out):
         np.zeros(even * Q, np.float32),
     )
     for d in range(start, stop):
-        fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
-        for n in range(0, N, LANES):
-            for j in range(LANES):
-                walk[j], walk[LANES + j] = 1.0, 0.0
-            coarse_powers(walk, ends, n, 1.0, chunks, coarse, wide)
+        tables(log_a, d, N, Q, length, walk, ends, fine, coarse, chunks, wide)
         for b in range(B):
             for l in range(length):
                 line[l] = u[b * ub + (length - 1 - l) * ul + d]

@@ -63,7 +63,7 @@ def _walk(walk, count, table, at, gap, stride):
 
 
 @common.kernel
-def fine_powers(log_a, first, N, Q, length, walk, table, ends):
+def _fine_powers(log_a, first, N, Q, length, walk, table, ends):
     """a^r for r < Q of one channel, (groups, 2, Q, LANES), and a^Q, (groups, 2, LANES).
 
     Past the length there are zeros: a mode that grows could be infinite there.
@@ -80,7 +80,7 @@ def fine_powers(log_a, first, N, Q, length, walk, table, ends):
 
 
 @common.kernel
-def coarse_powers(walk, ends, n, sign, chunks, table, wide):
+def _coarse_powers(walk, ends, n, sign, chunks, table, wide):
     """p a^(q Q) for q < chunks of the group that begins with mode n, in rows of `wide` numbers; p stands in `walk`.
 
     With sign -1, a is conjugated.
@@ -88,6 +88,16 @@ def coarse_powers(walk, ends, n, sign, chunks, table, wide):
     for j in range(LANES):
         walk[_FACTOR + j], walk[_FACTOR + LANES + j] = ends[2 * n + j], sign * ends[2 * n + LANES + j]
     _walk(walk, chunks, table, 2 * n, LANES, wide)
+
+
+@common.kernel
+def tables(log_a, d, N, Q, length, walk, ends, fine, coarse, chunks, wide):
+    """Powers of channel d: a^r as `_fine_powers` gives them, a^(q Q) as `_coarse_powers` does."""
+    _fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
+    for n in range(0, N, LANES):
+        for j in range(LANES):
+            walk[j], walk[LANES + j] = 1.0, 0.0
+        _coarse_powers(walk, ends, n, 1.0, chunks, coarse, wide)
 
 
 @common.kernel
@@ -117,7 +127,7 @@ def _forward(start, stop, worker, log_a, coeff, K, D, N, Q, length, out):
     fine, right = np.empty(Q * wide, np.float32), np.empty(Q * wide, np.float32)
     left = np.zeros((chunks + 3) // 4 * 4 * wide, np.float32)
     for d in range(start, stop):
-        fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
+        _fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
         for m in range(0, wide, LANES):
             for r in range(0, Q, LANES):
                 transpose(fine, m * Q + r * LANES, LANES, right, r * wide + m * LANES, LANES)
@@ -126,7 +136,7 @@ def _forward(start, stop, worker, log_a, coeff, K, D, N, Q, length, out):
             for n in range(0, N, LANES):
                 # Conjugated, as Re(c a) is the product of parts with those of the conjugate.
                 _begin(walk, 0, coeff, 2 * (row * N + n), N - n, -1.0)
-                coarse_powers(walk, ends, n, -1.0, chunks, left, wide)
+                _coarse_powers(walk, ends, n, -1.0, chunks, left, wide)
             _product(left, wide, chunks, right, Q, out, row * length, length)
 
 
@@ -167,11 +177,7 @@ def _backward(start, stop, worker, grad, log_a, coeff, K, D, N, Q, length, d_log
     fine, coarse = np.empty(Q * wide, np.float32), np.empty(chunks * wide, np.float32)
     slope, late = np.zeros(chunks * Q, np.float32), np.zeros(chunks * Q, np.float32)
     for d in range(start, stop):
-        fine_powers(log_a, 2 * d * N, N, Q, length, walk, fine, ends)
-        for n in range(0, N, LANES):
-            for j in range(LANES):
-                walk[j], walk[LANES + j] = 1.0, 0.0
-            coarse_powers(walk, ends, n, 1.0, chunks, coarse, wide)
+        tables(log_a, d, N, Q, length, walk, ends, fine, coarse, chunks, wide)
         for k in range(K):
             row = k * D + d
             for l in range(length):
