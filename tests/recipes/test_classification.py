@@ -102,6 +102,29 @@ def test_a_phase_before_the_labels(name, pretrain, tmp_path):
     assert first.lr * first.dynamics_lr == pytest.approx(SHORT.lr * SHORT.dynamics_lr)
 
 
+def test_one_pretraining_serves_several_runs(tmp_path):
+    options = {"pretrain": "masked", "pretrain_steps": 4}
+    _, first, _, rows, _ = _run("image.digits", tmp_path / "first", **options)
+    taken = {"pretrain": "masked", "pretrain_from": str(first.path)}
+    _, second, outcome, again, text = _run("image.digits", tmp_path / "second", **taken)
+    assert outcome.finished
+    assert again == rows
+    assert "taken from" in text
+    inner = second.path / "pretrain"
+    assert (inner / "results.json").read_text() == (first.path / "pretrain" / "results.json").read_text()
+    assert (inner / "curve.png").is_file()
+    assert not (inner / "checkpoints").exists()
+    for change, message in (
+        ({"d_model": 12}, "has another model: its d_model differ"),
+        ({"pretrain": "causal"}, "holds 'image.digits, masked pre-training', want 'image.digits, causal"),
+        ({"pretrain": "none"}, "--pretrain-from: got .* without --pretrain"),
+        ({"pretrain_steps": 3}, "want no --pretrain-steps"),
+        ({"pretrain_from": str(tmp_path)}, "holds no pre-training that has ended"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _run("image.digits", tmp_path / "third", **{**taken, **change})
+
+
 def test_a_signal_at_the_end_of_the_first_phase_stops_the_run(tmp_path, monkeypatch):
     from statewise.recipes import _execute
 

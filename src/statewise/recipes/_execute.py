@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from typing import Any
@@ -108,10 +109,21 @@ def execute(
     return outcome
 
 
+def _copy(source: RunDirectory, target: RunDirectory) -> None:
+    """All but checkpoints; the figures last, which say that the phase is done."""
+    target.path.mkdir(exist_ok=True)
+    for path in sorted(source.path.iterdir(), key=lambda path: path == source.results):
+        if path.is_file():
+            shutil.copyfile(path, target.path / path.name)
+
+
 def _before(phase: Phase, model: Any, run: RunDirectory, console: Console) -> Outcome:
     """Run a phase, or go on with it, unless it has left its model already; then hand over."""
     inner = RunDirectory(run.path / phase.name)
     outcome = Outcome(phase.recipe.training.steps, True)
+    if phase.source is not None and not inner.results.is_file():
+        _copy(RunDirectory(phase.source), inner)
+        console.print(f"{phase.recipe.name}: taken from {phase.source}", highlight=False, soft_wrap=True)
     if not inner.results.is_file():
         started = bool(inner.saved_steps())
         inner.path.mkdir(exist_ok=True)

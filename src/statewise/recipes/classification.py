@@ -58,6 +58,7 @@ Args:
         learning labels
     pretrain_steps: steps of that; as many as `steps` if not given
     pretrain_lr: its learning rate; from the table of the profile if not given
+    pretrain_from: directory of a run that did the same pre-training, whose result is taken
     limit_train: use only so many training rows
 """
 
@@ -77,6 +78,7 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
         pretrain: Pretrain = "none",
         pretrain_steps: int | None = None,
         pretrain_lr: float | None = None,
+        pretrain_from: str | None = None,
         limit_train: int | None = None,
         data: SetOptions = SetOptions(),
         training: Training | None = None,
@@ -85,8 +87,8 @@ def classification(task: Task, about: str) -> Callable[..., Recipe]:
             training = tables.training(task.table, _family(model), profile, pretrain)
         options = {
             "model": model, "profile": profile, "d_model": d_model, "n_layer": n_layer, "pretrain": pretrain,
-            "pretrain_steps": pretrain_steps, "pretrain_lr": pretrain_lr, "limit_train": limit_train,
-            "data": asdict(data),
+            "pretrain_steps": pretrain_steps, "pretrain_lr": pretrain_lr, "pretrain_from": pretrain_from,
+            "limit_train": limit_train, "data": asdict(data),
         }  # fmt: skip
         return _classify(task, training, data, options)
 
@@ -130,7 +132,7 @@ def _classify(task: Task, training: Training, data: SetOptions, options: dict[st
     from ..data.classify import ClassifyData
     from ..tasks import Classification
     from .labels import finish_classification
-    from .pretraining import prepared
+    from .pretraining import prepared, taken
 
     objective = options["pretrain"]
     _check_first(options)
@@ -148,17 +150,21 @@ def _classify(task: Task, training: Training, data: SetOptions, options: dict[st
             task.recipe, batches, objective, config, _first(task, training, options),
             rate=rate, levels=tables.LEVELS.get(task.table),
         )  # fmt: skip
+        if options["pretrain_from"] is not None:
+            before = taken(before, options["pretrain_from"])
     net = _model(config, training.seed)
     made = Classification(net, labelled.n_classes)
     return Recipe(task.recipe, net, batches, made, training, options, finish_classification, before)
 
 
 def _check_first(options: Mapping[str, Any]) -> None:
-    steps, lr = options["pretrain_steps"], options["pretrain_lr"]
+    steps, lr, source = options["pretrain_steps"], options["pretrain_lr"], options["pretrain_from"]
     if options["pretrain"] == "none":
-        for name, value in (("steps", steps), ("lr", lr)):
+        for name, value in (("steps", steps), ("lr", lr), ("from", source)):
             if value is not None:
                 raise ValueError(f"--pretrain-{name}: got {value} without --pretrain; want --pretrain masked or causal")
+    if source is not None and (steps is not None or lr is not None):
+        raise ValueError("--pretrain-from: nothing is trained before the labels then; want no --pretrain-steps and -lr")
     if steps is not None and steps < 1:
         raise ValueError(f"--pretrain-steps: want at least 1, got {steps}")
     if lr is not None and not 0 < lr < math.inf:

@@ -6,6 +6,8 @@ Source: "Never Train from Scratch" (arXiv 2310.02980).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..training.directory import RunDirectory
@@ -56,6 +58,25 @@ def prepared(
         {"objective": objective, "rate": rate, "levels": levels}, finish_pretraining,
     )  # fmt: skip
     return Phase("pretrain", recipe, lambda model, trained: adopt_encoder(model, trained.encoder_state()))
+
+
+def taken(phase: Phase, run: str) -> Phase:
+    """The same phase, with what a run has learned in it.
+
+    Raises:
+        ValueError: the run has not ended that phase, or it was another one.
+    """
+    source = RunDirectory(Path(run) / phase.name)
+    if not source.results.is_file():
+        raise ValueError(f"--pretrain-from: {run} holds no pre-training that has ended")
+    recipe = source.read_config().get("recipe")
+    if recipe != phase.recipe.name:
+        raise ValueError(f"--pretrain-from: {run} holds {recipe!r}, want {phase.recipe.name!r}")
+    want, got = phase.recipe.model.file_config(), json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    other = sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name))
+    if other:
+        raise ValueError(f"--pretrain-from: {run} has another model: its {', '.join(other)} differ")
+    return replace(phase, source=source.path)
 
 
 def finish_pretraining(recipe: Recipe, run: RunDirectory, console: Console) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.options import Training
@@ -28,11 +29,13 @@ class Phase:
         name: of that directory.
         recipe: the training; its `finish` saves its model there.
         hand_over: `hand_over(model of what follows, trained model)`.
+        source: the directory in which another run did the same; it is copied instead of training.
     """
 
     name: str
     recipe: Recipe
     hand_over: Callable[[Any, Any], None]
+    source: Path | None = None
 
 
 @dataclass(frozen=True)

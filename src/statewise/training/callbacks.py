@@ -172,7 +172,7 @@ class StopInOrder(Callback):
             self.checkpoints.save(trainer)
             trainer.should_stop = True
             if trainer.global_step < trainer.max_steps:
-                # Whoever pressed Ctrl-C does not want to wait for a validation; but a finished run reports its last one.
+                # Whoever pressed Ctrl-C does not want to wait for a validation. A finished run reports its last one.
                 trainer.limit_val_batches = 0
 
     def on_train_end(self, *_: Any) -> None:
