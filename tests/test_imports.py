@@ -18,7 +18,7 @@ ROOT = Path(statewise.__file__).parent
 # From the ground up. A package may import what stands on a lower floor, and itself. Two packages of one floor may know
 # each other in one direction only.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_files", "_names", "_tracing", "_version"),
+    ("_files", "_names", "_words", "_tracing", "_version"),
     ("maths", "segments", "state"),
     ("ops",),
     ("mixers",),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from statewise.mixers.base import CausalMixer, HasImpulse, HasMixing, Mixing, SequenceMixer, check_input
 from statewise.ops import linear_scan
+from statewise.ops._backend import chosen
 from statewise.testing import LawError, check_mixer, check_model, laws_for, module_laws
 
 D = 6
@@ -187,6 +188,38 @@ class NotToeplitz(Leaky, HasImpulse):
         return self.log_a.exp()[:, None] ** (torch.arange(length) + 0.01)
 
 
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v):
+        ctx.save_for_backward(v)
+        return v * v
+
+    @staticmethod
+    def backward(ctx, g):
+        (v,) = ctx.saved_tensors
+        slope = 2 * v * g
+        return slope if chosen() == "reference" else slope.detach()
+
+
+class FlatKernel(Leaky):
+    """Gradients that have no gradients, but for the reference."""
+
+    def _decay(self, x):
+        a = torch.exp(-_Square.apply(self.log_a) - 0.1)
+        return a.to(x.dtype).expand(x.shape)
+
+
+class HoldsOnToAParameter(Leaky):
+    """What stands in the place of a parameter during a transform is not what this reads."""
+
+    def __init__(self, d_model: int = D):
+        super().__init__(d_model)
+        self.held = [self.log_a]
+
+    def _decay(self, x):
+        return (self.log_a.detach() + self.held[0] - self.held[0].detach()).exp().to(x.dtype).expand(x.shape)
+
+
 BROKEN = [
     ("packed_is_separate", IgnoresSegments),
     ("packed_is_separate", LeaksPadding),
@@ -208,6 +241,8 @@ BROKEN = [
     ("copies_are_equal", HidesAWeight),
     ("matrix_is_toeplitz", NotToeplitz),
     ("states_keep_on_disk", RemembersInside),
+    ("second_derivatives_are_right", FlatKernel),
+    ("transforms_agree", HoldsOnToAParameter),
 ]
 
 

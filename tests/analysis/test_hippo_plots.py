@@ -38,4 +38,8 @@ def test_comparison_and_agreement():
     over_n = [transfer.agreement(n) for n in (4, 8)]
     figure = plots.plot_agreement(over_n, [transfer.agreement(4, gamma) for gamma in (100.0, 1000.0)])
     assert [len(axes.get_lines()) for axes in figure.axes] == [2, 4]
+    left = figure.axes[0]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["4", "8"]
+    assert not len(left.get_xticks(minor=True))
+    assert len(left.get_yticks(minor=True))
     assert png(figure).startswith(b"\x89PNG")

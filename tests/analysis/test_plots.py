@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +70,44 @@ def test_pictures(name, tmp_path):
         if axes.axison and axes.get_subplotspec() is not None and axes.get_label() != "<colorbar>":
             assert axes.has_data() or axes.texts, name
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "s4d"])
+def test_an_influence_is_as_high_as_its_outputs(name):
+    axes = analysis.plot_influence(analysis.memory(build(name, **LOOKS[name]), draw())).axes[0]
+    assert axes.get_aspect() == 1
+    bottom, top = axes.get_ylim()
+    assert (top, bottom) == (-0.5 if name == "bidirectional" else L // 2 - 0.5, L - 0.5)
+    assert axes.get_xlim() == (-0.5, L - 0.5)
+
+
+LOOKS = {"bidirectional": {"mixer": "s4d"}, "s4d": {}}
+
+
+def test_pairs_of_an_input_and_an_output_are_named():
+    view = analysis.impulse_response(build("s5", d_state=4), 20)
+    assert view.inputs == D
+    left, right = analysis.plot_impulse(view).axes
+    lines = {line.get_label(): line.get_ydata() for line in left.get_lines() if "input" in line.get_label()}
+    assert list(lines) == ["input 0 to output 0", "input 6 to output 2", "input 5 to output 5", "input 3 to output 7"]
+    taps = view.taps.reshape(D, D, -1).numpy()
+    # What D adds to an input's own output would hide all the rest.
+    assert np.isnan(lines["input 5 to output 5"][0])
+    assert (lines["input 5 to output 5"][1:] == taps[5, 5, 1:]).all()
+    assert (lines["input 6 to output 2"] == taps[2, 6]).all()
+    assert right.get_legend().get_texts()[0].get_text() == "80 % of pairs"
+    with pytest.raises(ValueError, match="pair: want 0 to 63, got 64"):
+        analysis.plot_impulse(view, [64])
+    gain = analysis.transfer_function(build("s5", d_state=4))
+    assert (gain.inputs, analysis.transfer_function(build("s4d")).inputs) == (D, None)
+    named = [text.get_text() for text in analysis.plot_transfer(gain, [9]).legends[0].get_texts()]
+    assert named == ["80 % of pairs", "input 1 to output 1"]
+
+
+def test_the_legend_of_states_is_beside_the_curves():
+    figure = PICTURES["states"]()
+    assert figure.axes[0].get_legend() is None
+    assert len(figure.legends[0].get_texts()) == 6
 
 
 def test_names_that_are_no_picture(tmp_path):

@@ -250,6 +250,14 @@ def test_linearised_dynamics_are_the_decays_of_a_linear_mixer(name, options):
         assert_same_set(now, want, "eigenvalues")
 
 
+def test_quantiles_of_time_scales_are_the_usual_ones():
+    scales = torch.tensor([1.0, 2.0, 5.0, 11.0], dtype=torch.float64)
+    view = analysis.Spectrum(torch.exp(-1 / scales)[None], "time-invariant", "four")
+    assert view.quantiles((0.0, 0.5, 0.9, 1.0)) == pytest.approx([1.0, 3.5, 9.2, 11.0])
+    endless = analysis.Spectrum(torch.tensor([[0.5, 0.9, 1.0, 1.0]]), "time-invariant", "half of it stays")
+    assert endless.quantiles((0.5, 0.8)) == [math.inf, math.inf]
+
+
 def test_linearised_dynamics_of_a_nonlinear_mixer():
     mixer, x = TanhRNN(), draw()
     view = analysis.spectrum(mixer, x)
@@ -318,7 +326,9 @@ def test_memory_sees_the_future_where_there_is_one():
     x = draw()
     ahead = analysis.memory(build("bidirectional", mixer="s4d"), x, probes=None)
     assert ahead.looks_ahead
-    assert ahead.lags.tolist() == list(range(-5, L))
+    # Outputs all over the input, so that both sides are seen as far.
+    assert ahead.positions.tolist() == list(range(L))
+    assert ahead.lags.tolist() == list(range(1 - L, L))
     # The Fourier transform of S4D leaves rounding in the future, which is none.
     assert not analysis.memory(build("s4d"), x.float().double()).looks_ahead
     assert not analysis.memory(nn.Sequential(build("s4d")), x).looks_ahead

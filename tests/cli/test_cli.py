@@ -200,6 +200,9 @@ def test_doctor_finds_a_wrong_kernel(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert all(name in text for name in OPS)
     assert "WRONG" not in text
+    # The first call compiles, so it says little about speed.
+    head = next(line for line in text.split("\n") if "back-end" in line)
+    assert head.split() == ["op", "back-end", "check", "first", "call", "second", "why"]
 
     import dataclasses
 
@@ -220,7 +223,11 @@ def test_doctor_finds_a_wrong_kernel(capsys, monkeypatch):
 def test_run_generate_evaluate(here, capsys):
     assert main(_arguments("--steps", "4")) == 0
     run = os.path.join("runs", "language.bytes-1")
-    assert "bits per byte" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bits per byte" in out
+    # A small model's parameters are counted, not rounded to 0.00 M.
+    count = sum(p.numel() for p in statewise.load(run).parameters())
+    assert f" of width 32, {count:,} parameters, in {run}" in out.replace("\n", " ")
     assert main(["generate", run, "--prompt", "the ", "--tokens", "20", "--seed", "3"]) == 0
     first = capsys.readouterr().out
     assert first.startswith("the ")
@@ -243,6 +250,7 @@ def test_run_generate_evaluate(here, capsys):
     assert main(["generate", checkpoint, "--prompt", "the ", "--tokens", "20", "--seed", "3"]) == 0
     assert capsys.readouterr().out == first
     assert "is finished" in _error(capsys, "run", "--resume", run)
+    assert "that run is finished" in _error(capsys, *_arguments("--steps", "4"), "--out", run)
     # config.yaml starts the same run again.
     assert main(["run", "--config", os.path.join(run, "config.yaml"), "--out", "again"]) == 0
     assert _losses(Path(run)) == _losses(Path("again"))

@@ -62,7 +62,8 @@ def test_mistakes_are_one_line(run, tmp_path):
     assert "statewise data make listops" in run("info", "listops", code=2)
     assert "NAME is missing" in run("make", code=2)
     assert "did you mean 'make'" in run("mak", code=2)
-    assert "--out: want" in run("preview", "listops", code=2)
+    assert "did you mean 'listops'" in run("preview", "listop", code=2)
+    assert "--out: there is no directory" in run("preview", "listops", "--out", tmp_path / "no" / "x.png", code=2)
     assert "ends in .png" in run("preview", "listops", "--out", tmp_path / "x.jpg", code=2)
     assert "--profile full" in run("preview", "listops", "--profile", "full", "--out", tmp_path / "x.png", code=2)
 
@@ -86,9 +87,12 @@ def test_another_source_replaces_the_set(run, tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "data").glob(".*") if p.suffix != ".lock"]
 
 
-def test_a_preview_shows_the_images(run, tmp_path):
+def test_a_preview_shows_the_images(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("preview", "pathfinder32", "--rows", 4).strip() == "pathfinder32.png"
     out = tmp_path / "p.png"
     assert run("preview", "pathfinder32", "--out", out, "--rows", 4).strip() == str(out)
+    assert out.read_bytes() == (tmp_path / "pathfinder32.png").read_bytes()
     picture = np.asarray(Image.open(out).convert("L"))
     data = sets.prepare("pathfinder32")
     first = np.flatnonzero(np.asarray(data.train.labels) == 0)[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from statewise.cli import main
-from statewise.cli.looking import _ids
+from statewise.cli.looking import _ids, look_at
+from statewise.data.labelled import Labelled, Ragged, Split
 from statewise.models.classification import SequenceClassifier
 from statewise.models.language import LanguageModel
+from statewise.training.directory import RunDirectory
 
 MIXER = '{"name": "mamba2", "d_state": 4, "head_dim": 8}'
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -31,7 +34,7 @@ def saved(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model"], ["Mamba2, layer 0 of 2", "mean lag", "4 of 4 heads, 20 tokens"]),
+        (["model"], ["Mamba2, layer 0 of 2", "mean lag", "4 of 4 heads, 20 tokens of a sample text"]),
         (
             ["model", "--layer", "1", "--head", "1", "--text", "to be, or"],
             ["Attention, layer 1 of 2", "1 of 2 heads, 9"],
@@ -41,7 +44,7 @@ def saved(tmp_path, monkeypatch):
         (["model", "--what", "memory", "--layer", "1", "--documents", "8"], ["Attention, layer 1"]),
         (["model", "--what", "state"], ["layers.0.conv", "layers.1.k", "20 tokens"]),
         (["model", "--what", "influence", "--tokens", "1,2,3,255"], ["lies within so many tokens"]),
-        (["model", "--what", "spectrum", "--layer", "1"], ["normaliser quotients"]),
+        (["model", "--what", "spectrum", "--layer", "1"], ["normaliser quotients over 20 tokens of a sample text, "]),
         (["other"], ["Mamba2, layer 0 of 1"]),
         # Classifiers: their layers see what they see in the model, and the whole is looked at up to its pooling.
         (["labels"], ["BidirectionalS4D, layer 0 of 2", "6 of 8 heads, 20 tokens"]),
@@ -72,6 +75,36 @@ def test_without_a_picture_there_is_the_table(saved, capsys):
     assert "wrote" not in first
     assert main(["matrix", "model", "--length", "8"]) == 0
     assert capsys.readouterr().out == first
+
+
+@pytest.mark.parametrize(("kind", "width"), [("tokens", None), ("pairs", None), ("values", 2)])
+def test_a_run_of_a_classifier_reads_a_row_of_its_data(tmp_path, monkeypatch, capsys, kind, width):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STATEWISE_DATA", str(tmp_path / "data"))
+    rows = Ragged.of([np.arange(1, 11), np.arange(1, 4)])
+    values = np.random.default_rng(0).normal(size=(2, 1100, 2))
+    split = Split({"tokens": rows, "pairs": (rows, rows), "values": values}[kind], np.array([0, 1]))
+    more = {"length": 1100} if width else {"length": 10, "vocab_size": 11}
+    data = Labelled("toys", split, split, split, n_classes=2, **more)
+    inputs = {"channels": width} if width else {"vocab_size": 11}
+    SequenceClassifier(2, 8, 1, **inputs, mixer={"name": "s4d", "d_state": 4}).save_pretrained("run")
+    run = RunDirectory("run")
+    run.write_config("toys", {"profile": "small", "data": {"seed": 3}}, "A run")
+    run.results.write_text('{"data": "toys"}')
+    random = "random values" if width else "random tokens"
+    assert main(["matrix", "run"]) == 0
+    assert f"128 tokens of {random}" in capsys.readouterr().out  # the data has not been made here
+    data.save(tmp_path / "data" / "toys-small-3")
+    assert main(["matrix", "run"]) == 0
+    row = "row 0 of the validation split of toys-small-3"
+    assert (f"1024 tokens of {row} (1,100 long)" if width else f"10 tokens of {row}\n") in capsys.readouterr().out
+    look = look_at("run", "memory", None, 4, None, None, None, 8, 0)
+    want = values[:1, :4].astype(np.float32) if width else [[1, 2, 3, 4]]
+    assert look.x.tolist() == torch.as_tensor(want).tolist()
+    assert look.read == f"4 tokens of {row} ({1100 if width else 10:,} long)"
+    if not width:
+        assert main(["matrix", "run", "--tokens", "1,2,3"]) == 0
+        assert "3 tokens\n" in capsys.readouterr().out
 
 
 def test_random_tokens_of_classifiers_have_no_padding():

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,3 +169,4 @@ def test_baselines():
     for split in (data.train, data.test):
         split.labels[:] = split.inputs.flat[split.inputs.offsets[:-1]] % 2
     assert label_baselines(data)["first token"] == 1.0
+    assert label_baselines(replace(data, name="listops"))["root operator"] == 1.0

@@ -168,6 +168,24 @@ def test_the_table_of_ops_is_true() -> None:
         assert set(views.split(", ")) == public, name
 
 
+def test_the_table_of_their_parts_is_true() -> None:
+    import torch
+
+    from statewise.ops.dplr.cauchy import reasons as cauchy
+    from statewise.ops.lti import convolution, vandermonde
+
+    rows = _rows(DOCS / "ops.md", "function")
+    kernel = torch.ones(1, 1)
+    reasons = {
+        "diagonal_kernel": vandermonde.reasons(kernel, kernel),
+        "lti_conv": convolution.reasons(torch.ones(1, 1, 1), kernel),
+        "cauchy": cauchy(kernel, kernel),
+    }
+    assert {name: backends.split(", ") for name, (backends, _) in rows.items()} == {
+        name: list(found) for name, found in reasons.items()
+    }
+
+
 def test_every_public_op_is_on_its_page() -> None:
     page = (DOCS / "ops.md").read_text(encoding="utf-8")
     shown = {line.rsplit(".", 1)[1] for line in page.split("\n") if line.startswith("::: ")}

@@ -83,6 +83,8 @@ def test_a_run_leaves_all_its_files(finished):
     assert f"{results['bits_per_byte']:.3f}" in run.card.read_text()
     assert set(results["baselines"]) == {"uniform", "unigram", "order-2 model", "gzip -9", "bzip2 -9", "xz -9e"}
     assert all(name in text for name in results["baselines"])
+    assert "mamba2, 1 layer of width 32" in run.card.read_text()
+    assert "loss: between " in run.page.read_text()
     assert run.curve.read_bytes().startswith(b"\x89PNG")
     assert run.read_config() == {"recipe": "language.bytes", **made.config()}
 

@@ -21,6 +21,9 @@ def test_an_existing_directory_is_refused_with_a_proposal(tmp_path):
     (taken / "checkpoints" / "step-000010.safetensors").touch()
     with pytest.raises(ValueError, match=r"--resume .*mine$"):
         RunDirectory.new("x", str(taken))
+    (taken / "README.md").touch()
+    with pytest.raises(ValueError, match=r"mine-3; that run is finished, see .*README.md$"):
+        RunDirectory.new("x", str(taken))
 
 
 def test_open_says_what_is_wrong(tmp_path):

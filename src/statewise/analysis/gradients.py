@@ -93,7 +93,8 @@ def memory(
         model: anything that maps x to (B, L, ...).
         x: (B, L, D), or tokens (B, L).
         seg: documents and padding, for a model that takes them.
-        positions: at how many outputs, spread over the later half of x so that each can look far back; at most L.
+        positions: at how many outputs, at most L. Those of a causal model are spread over the later half of x, so that
+            each can look far back; where a model may look ahead too, over all of x.
         probes: the norm of a derivative (a matrix) is estimated with so many random directions of the output, with
             an error of about 1 / sqrt(2 probes) for each entry; None: exact, by all of them.
         seed: of the directions.
@@ -106,7 +107,7 @@ def memory(
     if positions < 1 or (probes is not None and probes < 1):
         raise ValueError(f"memory: positions, probes: want at least 1, got {positions} and {probes}")
     rows, length = x.shape[:2]
-    first = length // 2 if length > 1 else 0
+    first = length // 2 if length > 1 and isinstance(model, Causal) else 0
     at = torch.linspace(first, length - 1, min(positions, length - first)).round().long().unique()
     generator = torch.Generator().manual_seed(seed)
     squares = torch.zeros(len(at), length, dtype=torch.float64)

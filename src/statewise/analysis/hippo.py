@@ -96,13 +96,15 @@ def _gains(panels: Any, found: Comparison) -> None:
 
 def plot_agreement(over_n: Sequence[Agreement], over_gamma: Sequence[Agreement]) -> Figure:
     """Weak and strong errors: of S4D-LegS over the size, and of PTD over gamma at one size."""
+    from matplotlib.ticker import NullLocator
+
     figure = _titled(9.5, 4.2, "Weak (one smooth input) and strong (worst input) agreement with HiPPO-LegS")
     left, right = figure.subplots(1, 2)
     sizes, gammas = [row.n for row in over_n], [row.gamma for row in over_gamma]
     left.loglog(sizes, [row.strong_normal for row in over_n], color=_NORMAL, marker="o", label="S4D-LegS, strong")
     left.loglog(sizes, [row.weak_normal for row in over_n], color=_NORMAL, marker="o", ls="--", label="S4D-LegS, weak")
     left.set_xticks(sizes, [str(n) for n in sizes])
-    left.minorticks_off()
+    left.xaxis.set_minor_locator(NullLocator())  # those of y bear labels where the errors lie close together
     _legend(left, "state size", "relative error")
     right.loglog(
         gammas, [row.strong_perturbed for row in over_gamma], color=_PERTURBED, marker="o", label="PTD, strong"

@@ -65,6 +65,21 @@ def _chosen(count: int, asked: Sequence[int] | None, what: str, most: int = LINE
     return list(asked)
 
 
+def _responses(count: int, inputs: int | None, asked: Sequence[int] | None) -> list[tuple[int, str, bool]]:
+    """(which, its name, whether it is a pair of an input with its own output) of the responses that are shown.
+
+    Pairs that are not asked for: half of them of an input with its own output, half with another.
+    """
+    if inputs is None:
+        return [(i, f"channel {i}", False) for i in _chosen(count, asked, "channel")]
+    if asked is None and count > LINES:
+        outputs = count // inputs
+        ends = _chosen(outputs, range(outputs) if outputs <= LINES else None, "output")
+        asked = [o * inputs + (o + k % 2 * max(inputs // 2, 1)) % inputs for k, o in enumerate(ends)]
+    chosen = _chosen(count, asked, "pair")
+    return [(i, f"input {i % inputs} to output {i // inputs}", i % inputs == i // inputs) for i in chosen]
+
+
 def _style(i: int) -> dict[str, Any]:
     return {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i // len(COLOURS) % len(STYLES)]}
 
@@ -111,41 +126,51 @@ def plot_matrices(view: MixingMatrices) -> Figure:
 
 def plot_impulse(view: ImpulseResponse, channels: Sequence[int] | None = None) -> Figure:
     """The responses of some channels, and for all of them where their energy lies."""
-    chosen = _chosen(len(view.taps), channels, "channel")
+    chosen = _responses(len(view.taps), view.inputs, channels)
     figure = _figure(9.5, 3.9)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    for i, channel in enumerate(chosen):
-        left.plot(_array(view.taps[channel]), lw=1.5, label=f"{channel}", **_style(i))
+    cut = False
+    for i, (which, name, own) in enumerate(chosen):
+        line = _array(view.taps[which])
+        if own and len(line) > 1:  # the skip weight of this one tap is far larger than all the rest
+            line, cut = np.concatenate([[np.nan], line[1:]]), True
+        left.plot(line, lw=1.5, label=name, **_style(i))
     left.axhline(0, color=INK, lw=0.6)
     _dress(left, "tokens after the impulse", "response")
-    left.legend(title="channel", frameon=False, fontsize=8, title_fontsize=8)
+    left.legend(frameon=False, fontsize=8)
     taps = _array(view.taps.abs())
     size = np.where(taps > 0, taps, np.nan)
     low, middle, high = (np.nan_to_num(np.nanquantile(size, q, axis=0), nan=0.0) for q in (0.1, 0.5, 0.9))
-    right.fill_between(np.arange(size.shape[1]), low, high, color=COLOURS[5], alpha=0.4, lw=0, label="80 % of channels")
+    right.fill_between(
+        np.arange(size.shape[1]), low, high, color=COLOURS[5], alpha=0.4, lw=0, label=f"80 % of {view.things}"
+    )
     right.plot(middle, color=COLOURS[0], lw=1.8, label="median")
     right.set_yscale("log")
     _dress(right, "tokens after the impulse", "|response|")
     right.legend(frameon=False, fontsize=8)
-    half, most = (view.reach(share).double().median() for share in (0.5, 0.99))
-    note = f"Half of the energy lies within {half:.0f} tokens, 99 % within {most:.0f} (median of {len(taps)} channels)."
+    half, most = (np.median(_array(view.reach(share))) for share in (0.5, 0.99))
+    middle_of = f"(median of {len(taps):,} {view.things})"
+    note = f"Half of the energy lies within {half:.0f} tokens, 99 % within {most:.0f} {middle_of}."
+    note += (
+        "\nThe lines of an input to its own output leave out the first tap, where the skip weight is." if cut else ""
+    )
     _title(figure, f"Impulse response: {view.what}", note)
     return figure
 
 
 def plot_transfer(view: TransferFunction, channels: Sequence[int] | None = None) -> Figure:
     """Gain in decibels and phase over frequency, for some channels and, in pale, the spread of all."""
-    chosen = _chosen(len(view.gain), channels, "channel")
+    chosen = _responses(len(view.gain), view.inputs, channels)
     figure = _figure(8.5, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1.6, 1))
     omega = _array(view.omega) / np.pi
     gain = _array(view.gain)
     level = 20 * np.log10(np.maximum(np.abs(gain), 1e-12))
     low, high = np.quantile(level, (0.1, 0.9), axis=0)
-    top.fill_between(omega, low, high, color=PALE, lw=0, label="80 % of channels")
-    for i, channel in enumerate(chosen):
-        top.plot(omega, level[channel], lw=1.4, label=f"channel {channel}", **_style(i))
-        bottom.plot(omega, np.unwrap(np.angle(gain[channel])) / np.pi, lw=1.4, **_style(i))
+    top.fill_between(omega, low, high, color=PALE, lw=0, label=f"80 % of {view.things}")
+    for i, (which, name, _) in enumerate(chosen):
+        top.plot(omega, level[which], lw=1.4, label=name, **_style(i))
+        bottom.plot(omega, np.unwrap(np.angle(gain[which])) / np.pi, lw=1.4, **_style(i))
     _dress(top, "", "gain (dB)")
     figure.legend(*top.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     _dress(bottom, "frequency (1: one swing in two tokens)", "phase (units of π)")
@@ -252,9 +277,11 @@ def plot_memory(views: Memory | Sequence[Memory]) -> Figure:
     ahead, some = any(view.looks_ahead for view in views), False
     for i, view in enumerate(views):
         curve, lags = _array(view.curve), view.lags.numpy()
-        # The longest lags stand for the last outputs alone; a quarter of the outputs at least is shown.
+        # The longest lags stand for the last outputs alone, or the first; a quarter of the outputs at least is shown.
         deep = int(view.positions[len(view.positions) * 3 // 4])
-        curve, lags = curve[lags <= deep], lags[lags <= deep]
+        far = view.influence.shape[1] - 1 - int(view.positions[(len(view.positions) - 1) // 4])
+        shown = (-far <= lags) & (lags <= deep)
+        curve, lags = curve[shown], lags[shown]
         some |= curve.max() > 0
         curve = np.where(curve > 0, curve, np.nan) / (curve.max() or 1.0)
         name = f"{view.what}: half within {view.half_life}, 90 % within {view.reach(0.9)} tokens"
@@ -278,16 +305,20 @@ def plot_influence(view: Memory) -> Figure:
     """The norms of all derivatives as a heat map: a mixing matrix for models that have none."""
     from matplotlib.colors import LogNorm
 
-    figure = _figure(5.6, 4.4)
-    axes = figure.add_subplot()
     values = _array(view.influence)
     top = values.max() or 1.0
     at = view.positions.numpy()
     shown = np.where(values > 0, values, np.nan)
-    extent = (-0.5, values.shape[1] - 0.5, at[-1] + 0.5, at[0] - 0.5)
+    half = (at[-1] - at[0]) / max(len(at) - 1, 1) / 2 or 0.5  # of a row
+    low, high = at[0] - half, at[-1] + half
+    # A token is as high as it is wide, unless that left a line.
+    tall = (high - low) / values.shape[1]
+    figure = _figure(5.6, 1.2 + 3.4 * max(tall, 0.4))
+    axes = figure.add_subplot()
     image = axes.imshow(
-        shown, norm=LogNorm(FLOOR * top, top), cmap="cividis", extent=extent, aspect="auto", interpolation="nearest"
-    )
+        shown, norm=LogNorm(FLOOR * top, top), cmap="cividis", extent=(-0.5, values.shape[1] - 0.5, high, low),
+        aspect="equal" if tall > 0.25 else "auto", interpolation="nearest",
+    )  # fmt: skip
     axes.set_facecolor("#f4f4f4")
     axes.set_xlabel("input position", color=INK)
     axes.set_ylabel("output position", color=INK)
@@ -311,7 +342,7 @@ def plot_states(view: StateNorms) -> Figure:
     else:
         axes.set_ylim(bottom=0)
     _dress(axes, "tokens read", "norm of the state")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right upper")
     note = f"{len(chosen)} of {len(view.names)} parts." if len(chosen) < len(view.names) else ""
     _title(figure, f"State while reading: {view.what}", note)
     return figure

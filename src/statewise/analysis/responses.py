@@ -15,10 +15,19 @@ from .lti import diagonal_form, low_rank_gain
 
 @dataclass(frozen=True)
 class ImpulseResponse:
-    """taps: (channels, length), one response for each channel, or for each pair (output, input) if they mix."""
+    """taps: (channels, length), one response for each channel, or for each pair (output, input) if they mix.
+
+    inputs: how many; response o * inputs + i is that of output o to input i. None: of channels, which do not mix.
+    """
 
     taps: Tensor
     what: str
+    inputs: int | None = None
+
+    @property
+    def things(self) -> str:
+        """What there is a response of, for titles."""
+        return "channels" if self.inputs is None else "pairs"
 
     @property
     def energy(self) -> Tensor:
@@ -36,12 +45,21 @@ class ImpulseResponse:
 
 @dataclass(frozen=True)
 class TransferFunction:
-    """omega: (F,) in radians per token, 0 to pi. gain: (channels, F) complex. `exact`: not cut off after `length`."""
+    """omega: (F,) in radians per token, 0 to pi. gain: (channels, F) complex. `exact`: not cut off after `length`.
+
+    inputs: as of an `ImpulseResponse`.
+    """
 
     omega: Tensor
     gain: Tensor
     exact: bool
     what: str
+    inputs: int | None = None
+
+    @property
+    def things(self) -> str:
+        """What there is a gain of, for titles."""
+        return "channels" if self.inputs is None else "pairs"
 
 
 def _lti(function: str, mixer: object) -> HasImpulse:
@@ -63,7 +81,12 @@ def impulse_response(mixer: HasImpulse, length: int) -> ImpulseResponse:
     if length < 1:
         raise ValueError(f"impulse_response: length: want at least 1 token, got {length}")
     taps = _lti("impulse_response", mixer).impulse(length)
-    return ImpulseResponse(taps.reshape(-1, length), type(mixer).__name__)
+    return ImpulseResponse(taps.reshape(-1, length), type(mixer).__name__, _inputs(taps))
+
+
+def _inputs(responses: Tensor) -> int | None:
+    """Of (D, length), None; of (D_out, D_in, length), D_in."""
+    return responses.shape[1] if responses.ndim == 3 else None
 
 
 @torch.no_grad()
@@ -84,10 +107,11 @@ def transfer_function(mixer: HasImpulse, frequencies: int = 512, length: int = 4
         omega = torch.linspace(0, torch.pi, frequencies, dtype=widen(mixer.D).dtype, device=mixer.D.device)
         return TransferFunction(omega, low_rank_gain(mixer, omega), True, type(mixer).__name__)
     if form is None:
-        taps = widen(mixer.impulse(length)).reshape(-1, length)
+        whole = widen(mixer.impulse(length))
+        taps = whole.reshape(-1, length)
         omega = torch.linspace(0, torch.pi, frequencies, dtype=taps.dtype, device=taps.device)
         wave = torch.exp(-1j * omega[:, None] * torch.arange(length, dtype=taps.dtype, device=taps.device))
-        return TransferFunction(omega, taps.to(wave.dtype) @ wave.mT, False, type(mixer).__name__)
+        return TransferFunction(omega, taps.to(wave.dtype) @ wave.mT, False, type(mixer).__name__, _inputs(whole))
     omega = torch.linspace(0, torch.pi, frequencies, dtype=form.skip.dtype, device=form.skip.device)
     z = torch.exp(-1j * omega)
     decay, write, read = (t.to(z.dtype) for t in (form.decay, form.write, form.read))
@@ -100,4 +124,4 @@ def transfer_function(mixer: HasImpulse, frequencies: int = 512, length: int = 4
     else:
         weight = (read * write).unsqueeze(-1)
         gain = (weight * one + weight.conj() * two).sum(1) / 2 + form.skip.unsqueeze(-1)
-    return TransferFunction(omega, gain.reshape(-1, frequencies), True, type(mixer).__name__)
+    return TransferFunction(omega, gain.reshape(-1, frequencies), True, type(mixer).__name__, _inputs(gain))

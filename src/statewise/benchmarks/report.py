@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._words import counted
 from .bounds import NAMES, Bounds
 from .cases import OURS
 
@@ -117,7 +118,7 @@ def markdown(header: Mapping[str, Any], rows: Sequence[Row], pictures: Sequence[
     lines = [
         f"## Measured on {header['date']}",
         "",
-        f"**Machine.** {same['device']}; {same['threads']} threads.",
+        f"**Machine.** {same['device']}; {counted(same['threads'], 'thread')}.",
         "",
         "**Versions.** "
         + ", ".join(f"{name} {v}" for name, v in versions.items())

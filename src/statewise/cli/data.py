@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .actions import Actions, run
 from .console import terminal
-from .errors import user_errors
+from .errors import check_folder, user_errors
 
 Profile = Literal["small", "full"]
 
@@ -105,7 +105,7 @@ def preview(name: str, out: str | None = None, profile: Profile = "small", seed:
 
     Args:
         name: of the set
-        out: the PNG file to write
+        out: the PNG file to write; NAME.png if not given
         profile: small or full
         seed: of the set
         rows: how many to draw, 1 to 100
@@ -114,11 +114,11 @@ def preview(name: str, out: str | None = None, profile: Profile = "small", seed:
     from ..data.preview import check
     from ..data.preview import preview as draw
 
+    out = f"{name}.png" if out is None else out
     with user_errors():
-        if out is None:
-            raise ValueError("--out: want the PNG file to write")
-        check(Path(out), rows)
         sets.get(name)
+        check(Path(out), rows)
+        check_folder("--out", out)
         there = (sets.root() / f"{name}-{profile}-{seed}" / sets.CARD).is_file()
         if profile == "full" and not there:
             raise ValueError(f"{name}: the full set has not been made; want: statewise data make {name} --profile full")

@@ -36,8 +36,9 @@ def measure() -> list[tuple[str, str]]:
     return bounds.measure().rows()
 
 
-def check_op(spec: Any, backend: str) -> tuple[float, list[str]]:
-    """(seconds of the first call, what is wrong) of one op on one back-end, over all variants of its cases.
+def check_op(spec: Any, backend: str) -> tuple[float, float, list[str]]:
+    """(seconds of the first call, those of the next, what is wrong) of one op on one back-end, over all variants of its
+    cases. The first call may compile.
 
     Right means: no more than the op's own factor further from a float64 computation than the plain definition is in
     float32.
@@ -48,23 +49,25 @@ def check_op(spec: Any, backend: str) -> tuple[float, list[str]]:
 
     cases = spec.load_cases()
     generator = torch.Generator().manual_seed(0)
-    first, wrong = float("nan"), []
+    first, second, wrong = float("nan"), float("nan"), []
     for variant in cases.VARIANTS:
         inputs = cases.sample(variant, BATCH, LENGTH, dtype=torch.float32, decay="mixed", generator=generator)
         if spec.reasons(**inputs).get(backend) is not None:
             continue
         exact = {k: double(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        began = time.perf_counter()
         with torch.no_grad():
+            began = time.perf_counter()
             y, _ = spec.run(**inputs, backend=backend)
-        if first != first:
-            first = time.perf_counter() - began
+            ended = time.perf_counter()
+            if first != first:
+                spec.run(**inputs, backend=backend)
+                first, second = ended - began, time.perf_counter() - ended
         plain, truth = spec.reference(**inputs)[0], spec.reference(**exact)[0]
         try:
             assert_no_worse(y, plain, truth, cases.FACTOR, f"{spec.name} ({variant})")
         except LawError as error:
             wrong.append(str(error))
-    return first, wrong
+    return first, second, wrong
 
 
 def choices(spec: Any) -> list[tuple[str, str, bool]]:
@@ -126,18 +129,18 @@ def main(argv: list[str]) -> int:
     facts("machine", _machine())
     failures: list[str] = []
     table = Table(title="ops", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in ("op", "back-end", "check", "first call", "why"):
+    for name in ("op", "back-end", "check", "first call", "second", "why"):
         table.add_column(name, overflow="fold", no_wrap=name in ("op", "back-end"))
     with console.status("Checking kernels (compiled on first use, then kept)"):
         for spec in OPS.values():
             for backend, why, able in choices(spec):
                 if not able:
-                    table.add_row(spec.name, backend, "", "", why)
+                    table.add_row(spec.name, backend, "", "", "", why)
                     continue
-                first, wrong = check_op(spec, backend)
+                first, second, wrong = check_op(spec, backend)
                 failures += wrong
                 verdict = "[bold red]WRONG[/]" if wrong else "right"
-                table.add_row(spec.name, backend, verdict, f"{1e3 * first:,.1f} ms", why)
+                table.add_row(spec.name, backend, verdict, *(f"{1e3 * t:,.1f} ms" for t in (first, second)), why)
     console.print(table)
     console.print()
     with console.status("Measuring"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .._names import unknown
+from .._words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 What = Literal["matrix", "influence", "impulse", "transfer", "spectrum", "memory", "state"]
 SAMPLE = "The river ran low that summer, and the boats that used to carry grain to the coast lay still in the mud. "
+LENGTH = 128  # tokens that are read where nothing says how many
+LONGEST = 1024  # of a row of the data of a run; matrices grow with its square
 MAX_RANDOM = 1_500_000_000  # parameters of a preset that is built with random weights, only to be looked at
 
 
@@ -25,6 +28,12 @@ class Look(NamedTuple):
     x: Tensor
     seg: Segments | None
     name: str
+    source: str = ""  # of x, where it was not given
+
+    @property
+    def read(self) -> str:
+        """How much of what was read, for people."""
+        return f"{self.x.shape[1]} tokens" + (f" of {self.source}" if self.source else "")
 
 
 def numbers(option: str, given: str | None) -> list[int] | None:
@@ -38,7 +47,7 @@ def numbers(option: str, given: str | None) -> list[int] | None:
 
 
 def look_at(
-    name: str, what: What, layer: int | None, length: int, text: str | None, tokens: str | None,
+    name: str, what: What, layer: int | None, length: int | None, text: str | None, tokens: str | None,
     documents: str | None, d_model: int, seed: int,
 ) -> Look:  # fmt: skip
     """Build what `name` stands for, and let it read something; the options are those of `statewise matrix`."""
@@ -54,18 +63,18 @@ def look_at(
     if layer is not None and not 0 <= layer < len(mixers):
         raise ValueError(f"--layer: {name} has mixers 0 to {len(mixers) - 1}, got {layer}")
     lengths = numbers("documents", documents)
-    given = _given(model, name, length, text, tokens)
+    given, source = _given(model, name, length, text, tokens)
     if given is None:
-        mixer = mixers[layer or 0][1]
-        x = torch.randn(1, length, getattr(mixer, "d_model", d_model), dtype=next(mixer.parameters()).dtype)
-        return Look(mixer, x, _segments(lengths, length), _title(model, mixers, layer or 0))
+        mixer, long = mixers[layer or 0][1], length or LENGTH
+        x = torch.randn(1, long, getattr(mixer, "d_model", d_model), dtype=next(mixer.parameters()).dtype)
+        return Look(mixer, x, _segments(lengths, long), _title(model, mixers, layer or 0), source)
     seg = _segments(lengths, given.shape[1])
     if layer is None and (whole := _whole(model, what)) is not None:
         if seg is not None:
             raise ValueError(f"--documents: is for a layer; give one with --layer to see its {what}")
-        return Look(whole, given, None, f"{type(model).__name__}, {len(mixers)} layer{'s' * (len(mixers) > 1)}")
+        return Look(whole, given, None, f"{type(model).__name__}, {counted(len(mixers), 'layer')}", source)
     seen = mixer_input(model, mixers[layer or 0][1], given, seg)
-    return Look(mixers[layer or 0][1], seen.x, seen.seg, _title(model, mixers, layer or 0))
+    return Look(mixers[layer or 0][1], seen.x, seen.seg, _title(model, mixers, layer or 0), source)
 
 
 def _title(model: Any, mixers: list, at: int) -> str:
@@ -73,22 +82,62 @@ def _title(model: Any, mixers: list, at: int) -> str:
     return type(mixer).__name__ if mixer is model else f"{type(mixer).__name__}, layer {at} of {len(mixers)}"
 
 
-def _given(model: Any, name: str, length: int, text: str | None, tokens: str | None) -> Tensor | None:
-    """What a model reads: tokens (1, L), or values (1, L, C). None for a mixer by name, which is no model."""
+def _given(
+    model: Any, name: str, length: int | None, text: str | None, tokens: str | None
+) -> tuple[Tensor | None, str]:
+    """What a model reads: tokens (1, L), or values (1, L, C), and what that is of unless it was given. None for a mixer
+    by name, which is no model."""
     import torch
 
     from ..models.classification import SequenceClassifier
     from ..models.language._causal_lm import CausalLM
 
+    long = length or LENGTH
     if isinstance(model, CausalLM):
-        return _tokens(model, name, length, text, tokens)
+        source = "" if text or tokens else "a sample text" if model.vocab_size == 256 else "random tokens"
+        return _tokens(model, name, long, text, tokens), source
     if text is not None:
         raise ValueError(f"--text: {name} does not read text")
-    if isinstance(model, SequenceClassifier) and model.config["vocab_size"] is not None:
-        return _ids(numbers("tokens", tokens), model.config["vocab_size"], length, first=1)  # 0 is padding
+    size = model.config["vocab_size"] if isinstance(model, SequenceClassifier) else None
     if tokens is not None:
-        raise ValueError(f"--tokens: {name} does not read tokens")
-    return torch.randn(1, length, model.config["channels"]) if isinstance(model, SequenceClassifier) else None
+        if size is None:
+            raise ValueError(f"--tokens: {name} does not read tokens")
+        return _ids(numbers("tokens", tokens), size, long), ""
+    if not isinstance(model, SequenceClassifier):
+        return None, "random values"
+    if (row := _row(model, name, length or LONGEST)) is not None:
+        return row
+    if size is not None:
+        return _ids(None, size, long, first=1), "random tokens"  # 0 is padding
+    return torch.randn(1, long, model.config["channels"]), "random values"
+
+
+def _row(model: Any, name: str, length: int) -> tuple[Tensor, str] | None:
+    """The first validation row of the data that a run was trained on, where that is here, and what it is."""
+    import numpy as np
+
+    from ..data import sets
+    from ..data.classify import ClassifyData
+    from ..data.labelled import Labelled
+    from ..training.directory import RunDirectory
+    from .evaluate import home
+
+    run = RunDirectory(home(name))
+    if not (run.config.is_file() and run.results.is_file()):
+        return None
+    config, told = run.read_config(), json.loads(run.results.read_text(encoding="utf-8")).get("data")
+    seed = (config.get("data") or {}).get("seed", 0)
+    folder = sets.root() / f"{told}-{config.get('profile')}-{seed}"
+    if not (folder / sets.CARD).is_file():
+        return None
+    data = Labelled.load(folder)
+    if not len(data.validation) or data.vocab_size != model.config["vocab_size"]:
+        return None
+    batch = ClassifyData(data).gather(data.validation, np.array([0]))
+    valid = None if batch.seg is None else batch.seg.valid
+    whole = batch.tokens.shape[1] if valid is None else int(valid[0].sum())
+    long = f" ({whole:,} long)" if whole > length else ""
+    return batch.tokens[:1, : min(whole, length)], f"row 0 of the validation split of {folder.name}{long}"
 
 
 def _whole(model: Any, what: What) -> Any:

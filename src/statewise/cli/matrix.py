@@ -20,7 +20,7 @@ def matrix(
     what: What = "matrix",
     layer: int | None = None,
     head: str | None = None,
-    length: int = 128,
+    length: int | None = None,
     text: str | None = None,
     tokens: str | None = None,
     documents: str | None = None,
@@ -39,16 +39,17 @@ def matrix(
         layer: which mixer of the model, from 0; for memory, influence and state the whole model if not given, for the
             others 0
         head: heads or channels to show, with commas between; some of them if not given
-        length: how many tokens to read; longer input is cut
-        text: what a language model reads; some English (for bytes) or random tokens if not given. Classifiers of
-            values and mixers by name get random values
+        length: how many tokens to read; longer input is cut. 128 if not given; of a row of data all, up to 1,024
+        text: what a language model reads; some English (for bytes) or random tokens if not given. The run of a
+            classifier reads a validation row of its data where that has been made, other classifiers random
+            tokens or values, and mixers by name random values
         tokens: the same as token numbers with commas between
         documents: lengths of documents that lie side by side in the input, with commas between
         d_model: width of a mixer given by name
         seed: of random weights and inputs
     """
     with user_errors():
-        if length < 2:
+        if length is not None and length < 2:
             raise ValueError(f"--length: want at least 2 tokens, got {length}")
         if out is not None:
             _check_out(out)
@@ -120,7 +121,7 @@ def _matrix(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, 
         for h, lag, own, rank in zip(view.heads, view.mean_lag, view.diagonal_share, view.rank)
     ]
     table = _table(look.name, ["head", "mean lag", "on the diagonal", "effective rank"], rows)
-    return plot_matrices(view) if draw else None, table, f"{len(rows)} of {view.total} heads, {look.x.shape[1]} tokens"
+    return plot_matrices(view) if draw else None, table, f"{len(rows)} of {view.total} heads, {look.read}"
 
 
 def _influence(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
@@ -151,7 +152,7 @@ def _reaches(view: Any) -> Any:
 
 
 def _read(look: Look, view: Any) -> str:
-    return f"{look.x.shape[1]} tokens" + (", looks ahead as well" if view.looks_ahead else "")
+    return look.read + (", looks ahead as well" if view.looks_ahead else "")
 
 
 def _impulse(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, str]:
@@ -164,7 +165,7 @@ def _impulse(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any,
          _number(view.reach(0.99).double().quantile(q))]
         for label, q in (("low (10 %)", 0.1), ("median", 0.5), ("high (90 %)", 0.9))
     ]  # fmt: skip
-    table = _table(look.name, ["channels", "largest tap", "half of the energy", "99 % of the energy"], rows)
+    table = _table(look.name, [view.things, "largest tap", "half of the energy", "99 % of the energy"], rows)
     return (
         plot_impulse(view, heads) if draw else None,
         table,
@@ -183,7 +184,7 @@ def _transfer(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any
         [label, *(_number(part.quantile(q)) for part in parts)]
         for label, q in (("low (10 %)", 0.1), ("median", 0.5), ("high (90 %)", 0.9))
     ]  # fmt: skip
-    table = _table(look.name, ["channels", "gain at 0", "in the middle", "at the highest", "largest"], rows)
+    table = _table(look.name, [view.things, "gain at 0", "in the middle", "at the highest", "largest"], rows)
     return plot_transfer(view, heads) if draw else None, table, "" if view.exact else "from a response that is cut off"
 
 
@@ -204,7 +205,8 @@ def _spectrum(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     rows = [[f"{share:.0%}", _number(value)] for share, value in zip(shares, view.quantiles(shares))]
     table = _table(look.name, ["share of the state", "forgets to 1/e within tokens"], rows)
-    note = f"{view.source}, {view.eigenvalues.numel():,} values, {100 * view.unstable_share:.1f} % above one"
+    over = "" if view.source == "time-invariant" else f" over {look.read}"
+    note = f"{view.source}{over}, {view.eigenvalues.numel():,} values, {100 * view.unstable_share:.1f} % above one"
     return plot_spectrum(view) if draw else None, table, note
 
 
@@ -221,7 +223,7 @@ def _state(look: Look, heads: list[int] | None, draw: bool) -> tuple[Any, Any, s
         for name, norm, size in zip(view.names, view.norms, view.sizes)
     ]
     table = _table(look.name, ["part of the state", "numbers", "norm at first", "largest", "at last"], rows)
-    return plot_states(view) if draw else None, table, f"{look.x.shape[1]} tokens"
+    return plot_states(view) if draw else None, table, look.read
 
 
 _VIEWS = {

@@ -177,8 +177,9 @@ def _execute(built: Any, run: RunDirectory, *, resume: bool) -> int:
     console = Console(quiet=not first)
     how = f"statewise run --resume {shlex.quote(str(run))}"
     count = sum(p.numel() for p in built.model.parameters())
+    size = f"{count / 1e6:.2f} M" if count >= 100_000 else f"{count:,}"
     console.print(
-        f"[bold]{built.name}[/]: {describe(built)}, {count / 1e6:.2f} M parameters, in [bold]{run}[/]",
+        f"[bold]{built.name}[/]: {describe(built)}, {size} parameters, in [bold]{run}[/]",
         highlight=False,
         soft_wrap=True,
     )

@@ -82,6 +82,15 @@ class Causal(nn.Module, ABC):
 class CausalMixer(Causal, SequenceMixer):
     """A mixer that can be streamed."""
 
+    def step(self, x_t: Tensor, state: State) -> tuple[Tensor, State]:
+        """One position: x_t (B, D) without the time axis. `state` is consumed."""
+        width = getattr(self, "d_model", None)
+        if x_t.ndim != 2 or width not in (None, x_t.shape[1]):
+            want = "(B, D)" if width is None else f"(B, D) with D = {width}"
+            got = tuple(x_t.shape)
+            raise ValueError(f"{type(self).__name__}.step: x_t: want {want} (extend takes (B, L, D)), got {got}")
+        return super().step(x_t, state)
+
 
 class Mixing(NamedTuple):
     """A mixer seen as a matrix: `emit(apply(dense, v)) == forward(x)`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ..tasks import Task
 
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 5, 6, 8)
-_TRAIN, _VALIDATION, _BASELINE, _INK = "#9ecae1", "#08519c", "#8c6d31", "#333333"
+BASELINE = "#8c6d31"
+_TRAIN, _VALIDATION, _INK = "#9ecae1", "#08519c", "#333333"
 
 
 def _smooth(y: np.ndarray, width: int) -> np.ndarray:
@@ -38,35 +39,47 @@ def _spread(values: list[float], gap: float) -> list[float]:
     return places
 
 
-def _label_lines(axes: Any, baselines: Mapping[str, float], final: float, show: Callable[[float], str]) -> None:
-    """A line for each baseline, and at the right edge its name and value; labels make room for each other."""
-    labels = [(value, name, _BASELINE) for name, value in baselines.items()]
-    labels = sorted([*labels, (final, "this model", _VALIDATION)])
+def label_values(axes: Any, labels: Sequence[tuple[float, str, str, bool]], gap: float = 0.035) -> None:
+    """Texts beside the right edge, at the heights of their values; they make room for each other.
+
+    The limits of the axes must be set before.
+
+    Args:
+        labels: (value, text, colour, whether it is bold).
+        gap: from the edge to the texts, as a share of the width of the axes.
+    """
+    labels = sorted(labels)
     to_axes = axes.transScale + axes.transLimits
     heights = [float(to_axes.transform((0, value))[1]) for value, *_ in labels]
-    for height, place, (value, name, colour) in zip(heights, _spread(heights, 0.045), labels):
-        if colour == _BASELINE:
-            axes.axhline(value, color=colour, lw=1, ls=(0, (4, 3)), zorder=1)
+    for height, place, (_, text, colour, bold) in zip(heights, _spread(heights, 0.045), labels):
         axes.annotate(
-            f"{name} {show(value)}",
+            text,
             (1, height),
-            (1.035, place),
+            (1 + gap, place),
             xycoords="axes fraction",
             textcoords="axes fraction",
             va="center",
             fontsize=9,
             color=colour,
-            fontweight="normal" if colour == _BASELINE else "bold",
+            fontweight="bold" if bold else "normal",
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 0},
             annotation_clip=False,
         )
+
+
+def _label_lines(axes: Any, baselines: Mapping[str, float], final: float, show: Callable[[float], str]) -> None:
+    """A line for each baseline, and at the right edge its name and value."""
+    for value in baselines.values():
+        axes.axhline(value, color=BASELINE, lw=1, ls=(0, (4, 3)), zorder=1)
+    labels = [(value, f"{name} {show(value)}", BASELINE, False) for name, value in baselines.items()]
+    label_values(axes, [*labels, (final, f"this model {show(final)}", _VALIDATION, True)])
 
 
 def plot_curve(run: RunDirectory, task: Task, label: str, baselines: Mapping[str, float], final: float) -> None:
     """Write curve.png from metrics.csv."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     rows = read_metrics(run.metrics)
     name = task.headline
@@ -95,6 +108,7 @@ def plot_curve(run: RunDirectory, task: Task, label: str, baselines: Mapping[str
     _label_lines(axes, baselines, final, (lambda v: f"{v:.2f}") if task.lower_is_better else (lambda v: f"{v:.1%}"))
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel(label, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)

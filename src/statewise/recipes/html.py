@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -63,13 +64,14 @@ def code(content: str) -> str:
 
 
 def items(notes: Iterable[str]) -> str:
-    """A list; what stands between two pairs of asterisks is bold, as in Markdown."""
-    return "<ul>" + "".join(f"<li>{_bold(note)}</li>" for note in notes) + "</ul>"
+    """A list; what stands between two pairs of asterisks is bold, and between backticks code, as in Markdown."""
+    return "<ul>" + "".join(f"<li>{_marked(note)}</li>" for note in notes) + "</ul>"
 
 
-def _bold(note: str) -> str:
+def _marked(note: str) -> str:
     parts = escape(note).split("**")
-    return "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))
+    bold = "".join(f"<strong>{part}</strong>" if i % 2 else part for i, part in enumerate(parts))
+    return re.sub("`([^`]+)`", r"<code>\1</code>", bold)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], styles: Mapping[int, str] | None = None) -> str:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .._version import __version__
+from .._words import counted
 from ..inference import bits_per_token, generate
 from ..training.directory import RunDirectory, read_metrics, times
 from .curve import plot_curve
@@ -70,7 +71,7 @@ def _common(recipe: Recipe, run: RunDirectory) -> dict[str, Any]:
         "training_seconds": round(seconds, 1),
         "statewise": __version__,
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()}, {counted(torch.get_num_threads(), 'thread')}",
     }
 
 
@@ -155,7 +156,7 @@ def describe(recipe: Recipe) -> str:
     mixer = config["mixer"]
     entries = mixer if isinstance(mixer, list) else [mixer]
     names = [e if isinstance(e, str) else e["name"] for e in entries]
-    return f"{', '.join(names)}, {config['n_layer']} layers of width {config['d_model']}"
+    return f"{', '.join(names)}, {counted(config['n_layer'], 'layer')} of width {config['d_model']}"
 
 
 def _yaml(recipe: Recipe) -> str:

@@ -67,7 +67,7 @@ def _small_curve(rows: Sequence[Mapping[str, float]], name: str) -> str:
         f'<svg width="{_WIDTH}" height="{_HEIGHT + 4}" viewBox="-2 -2 {_WIDTH + 4} {_HEIGHT + 4}">'
         f'<polyline points="{path}" fill="none" stroke="var(--mark)" stroke-width="1.2"/></svg>'
     )
-    return html.figure(drawing, f"{name.replace('_', ' ')}: {low:.3g} to {high:.3g}")
+    return html.figure(drawing, f"{name.replace('_', ' ')}: between {low:.3g} and {high:.3g}")
 
 
 def write_page(recipe: Recipe, run: RunDirectory) -> None:

@@ -71,8 +71,12 @@ class RunDirectory:
     @classmethod
     def _taken(cls, out: str) -> str:
         free = next(p for n in count(2) if not os.path.exists(p := f"{out.rstrip('/')}-{n}"))
-        resume = f", or to go on with that run: statewise run --resume {out}" if cls(out).saved_steps() else ""
-        return f"out: {out} exists already and is never overwritten; want a new name such as --out {free}{resume}"
+        there, more = cls(out), ""
+        if there.card.is_file():
+            more = f"; that run is finished, see {there.card}"
+        elif there.saved_steps():
+            more = f", or to go on with that run: statewise run --resume {out}"
+        return f"out: {out} exists already and is never overwritten; want a new name such as --out {free}{more}"
 
     @classmethod
     def open(cls, path: str) -> RunDirectory:

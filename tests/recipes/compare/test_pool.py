@@ -19,7 +19,9 @@ PROGRAM = """
     path = pathlib.Path(sys.argv[1])
     seed = yaml.safe_load((path / "config.yaml").read_text())["seed"]
     (path / "metrics.csv").write_text("step,seconds,val_accuracy\\n1,0.5,0.25\\n")
-    if seed == 0:
+    if seed in (0, 9):
+        # Seed 9 is of a recipe that keeps its best validation, which was not the last.
+        (path / "results.json").write_text('{"val_accuracy": 0.75}' if seed else "{}")
         (path / "README.md").write_text("done")
     elif seed == 1:
         (path / "failed.json").write_text('{"message": "step 3: the loss is nan"}')
@@ -58,13 +60,18 @@ def test_runs_that_fail_do_not_stop_the_others(tmp_path, pool):
     assert list(failed) == ["a, seed 2"]
     assert failed["a, seed 2"].startswith("there is no text")
     told = pool.console.export_text()
-    assert "a, seed 0: 0.25 in 0 s" in told
+    assert "a, seed 0: validation 0.25 in 0 s" in told
     assert "a, seed 1: diverged (step 3: the loss is nan)" in told
     # What is done, diverged runs among it, is not done again.
     stamps = [(job.path / "metrics.csv").stat().st_mtime_ns for job in jobs]
     pool.run("runs", jobs, _done)
     later = [(job.path / "metrics.csv").stat().st_mtime_ns for job in jobs]
     assert [a == b for a, b in zip(stamps, later)] == [True, True, False]
+
+
+def test_the_validation_that_chose_is_told(tmp_path, pool):
+    pool.run("runs", comparison(tmp_path / "c", plan(seeds=(9,))).final_jobs("a"), _done)
+    assert "a, seed 9: validation 0.75 in 0 s" in pool.console.export_text()
 
 
 def test_a_signal_lets_every_run_save_and_starts_no_other(tmp_path, pool):

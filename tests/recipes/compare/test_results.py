@@ -5,11 +5,12 @@ import statistics
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from statewise.recipes.compare import collect, tables, write_report
 from statewise.recipes.compare.comparison import Comparison
-from statewise.recipes.compare.plot import mean_curve
+from statewise.recipes.compare.plot import mean_curve, plot
 from statewise.recipes.compare.results import interval, step_time, times, tune
 from statewise.training.directory import read_metrics
 
@@ -239,7 +240,9 @@ def test_notes_say_what_was_not_equal(tmp_path):
         finish(job, [0.4, 0.5])
         machine = json.loads((job.path / "machine.json").read_text())
         (job.path / "machine.json").write_text(json.dumps(machine | {"threads": i + 1}))
-    assert "Times are not comparable" in "\n".join(collect(made).notes)
+    notes = "\n".join(collect(made).notes)
+    assert "Times are not comparable" in notes
+    assert "(a machine, 1 thread; a machine, 2 threads; a machine, 3 threads)" in notes
 
 
 def test_the_mean_curve_covers_what_all_seeds_cover(whole):
@@ -267,10 +270,28 @@ def test_all_files_of_a_report(whole):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "70.0% ± 10.0%" in page.read_text()
     assert "<script" not in page.read_text()
+    assert "`" not in page.read_text()
+    assert "<code>--lrs</code> tries a grid" in page.read_text()
     assert tables.screen(report).row_count == 4
     # Nothing but the directory is needed.
     again = [p.read_bytes() for p in written]
     assert [p.read_bytes() for p in write_report(Comparison.open(whole.out))[1]] == again
+
+
+def test_names_of_baselines_stand_beside_the_panels_and_make_room(whole, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    for value in (0.25, 0.26):  # nearer than a line is high
+        report = replace(collect(whole), baselines={"chance": value, "majority": 0.25})
+        plot(report, whole.out / "compare.png")
+    left, middle, right = drawn[-1].axes
+    assert not left.texts
+    assert not middle.texts
+    assert {text.get_text() for text in right.texts} == {"chance", "majority"}
+    heights = sorted(text.get_position()[1] for text in right.texts)
+    assert heights[1] - heights[0] > 0.04
+    assert all(text.get_position()[0] > 1 for text in right.texts)
+    assert all(step == round(step) for step in left.get_xticks())
 
 
 def test_data_in_a_page_is_escaped(tmp_path):

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ..curve import BASELINE, label_values
 from .report import Report
 from .results import FINISHED, Run
 
 # Okabe and Ito's colours, which people with any colour vision tell apart; more models take them again, dashed.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1)))
-_BASELINE = "#8c6d31"
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -46,6 +46,7 @@ def _curves(axes: Any, report: Report, axis: str) -> None:
         axes.plot(steps if axis == "step" else seconds, values, lw=2.2, label=label, **style)
     axes.set_xlabel({"step": "step", "seconds": "seconds of training, validations not counted"}[axis])
     if axis == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(left=0)
 
@@ -82,18 +83,17 @@ def plot(report: Report, path: Path) -> None:
     _finals(right, report)
     for axes in (left, middle, right):
         for value in report.baselines.values():
-            axes.axhline(value, color=_BASELINE, lw=1, ls=(0, (4, 3)), zorder=1)
+            axes.axhline(value, color=BASELINE, lw=1, ls=(0, (4, 3)), zorder=1)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    for name, value in report.baselines.items():
-        left.annotate(name, (1, value), xycoords=("axes fraction", "data"), ha="right", va="bottom",
-                      fontsize=8, color=_BASELINE)  # fmt: skip
     if report.facts.lower_is_better:
         left.set_yscale("log")
     else:
         left.yaxis.set_major_formatter(PercentFormatter(1.0))
     left.set_ylabel(f"{report.metric}, validation")
     left.legend(frameon=False, fontsize=9)
+    left.set_ylim(left.get_ylim())  # of all panels, now that all is drawn
+    label_values(right, [(value, name, BASELINE, False) for name, value in report.baselines.items()], gap=0.08)
     figure.savefig(path, dpi=150, metadata={"Software": "statewise"})

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from ..._files import NO_LOCKS
 from ...training.directory import RunDirectory
 from .plan import Job
-from .state import DIVERGED, FINISHED, last_row, state_of
+from .state import DIVERGED, FINISHED, last_row, read_json, state_of
 
 LOG, LOCK = "log.txt", ".lock"
 _PAUSE = 0.2  # seconds between two looks at the processes
@@ -214,9 +214,11 @@ class Pool:
         if state == DIVERGED:
             self._say(f"[yellow]{escape(job.name)}: diverged[/] ({escape(shorten(message, 90))})")
         elif state == FINISHED:
-            value = row.get(f"val_{self.headline}")
-            spent = float(row.get("seconds", 0))
-            self._say(f"{escape(job.name)}: {self.show(float(value)) if value else 'done'} in {spent:,.0f} s")
+            name = f"val_{self.headline}"
+            # A recipe that keeps the weights of its best validation writes which one that was.
+            value = read_json(RunDirectory(job.path).results).get(name, row.get(name))
+            told_of = "done" if value is None else f"validation {self.show(float(value))}"
+            self._say(f"{escape(job.name)}: {told_of} in {float(row.get('seconds', 0)):,.0f} s")
         elif code == 0 and done(job):
             self._say(f"{escape(job.name)}: {told(job)}")
         else:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..._words import counted
 from .comparison import Comparison
 from .plan import CLOSE, Plan
 from .results import Difference, Facts, Run, Summary, Tuning, difference, summarise
@@ -174,6 +175,9 @@ def _run_notes(plan: Plan, summaries: Sequence[Summary], runs: Sequence[Run]) ->
         )
     places = {(run.device, run.threads) for run in runs if run.device}
     if len(places) > 1:
-        told = "; ".join(f"{device}, {threads} threads" for device, threads in sorted(places, key=str))
+        told = "; ".join(
+            f"{device}, {counted(threads, 'thread') if threads else 'threads not known'}"
+            for device, threads in sorted(places, key=str)
+        )
         notes.append(f"**Times are not comparable: runs were made on different machines or threads ({told}).**")
     return notes
