@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from statewise import ops
-from statewise.ops._backend import interpreted
 from statewise.ops.lti.moments import moments
-from statewise.testing import assert_agree, assert_no_worse, op_laws
+from statewise.testing import assert_agree, assert_no_worse
 from statewise.testing.cases import generator_for
 from statewise.testing.tolerance import double
 
@@ -104,13 +103,3 @@ def test_transforms_of_torch_func():
 def test_a_kernel_that_is_asked_for_says_why_it_does_not_serve():
     with pytest.raises(ops.BackendError, match=r"transform of torch\.func"):
         torch.func.grad(lambda x: ops.linear_scan(torch.tensor([0.5]), x, backend="numba")[0].sum())(normal(1, 9, 1))
-
-
-@pytest.mark.triton
-@pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not set")
-@pytest.mark.parametrize("name", ["linear_scan", "selective_scan", "short_conv", "ssd"])
-def test_laws_on_triton(name):
-    laws = [law for law in op_laws(ops.OPS[name]) if law.name.startswith("second") and "float32" in law.name]
-    assert laws
-    for law in laws:
-        law.check()

@@ -25,8 +25,10 @@ pytestmark = [
 # full lists, which run on a GPU, would take an hour. Length and seed of a case do not depend on the choice.
 CASES = {
     "ssd": {"definition": 16, "extend": 3, "step": 3, "rows": 1, "matrix": 2, "shards": 2, "algorithms": 1,
-            "causal": 1, "gradcheck": 1, "compile": 2, "registration": 5},
-    "short_conv": {"definition": 24, "extend": 4, "step": 3, "rows": 2, "causal": 1, "gradcheck": 1, "compile": 2,
+            "causal": 1, "gradcheck": 1, "second derivatives": 2,
+            "compile": 2, "registration": 5},
+    "short_conv": {"definition": 24, "extend": 4, "step": 3, "rows": 2, "causal": 1, "gradcheck": 1, "second derivatives": 2,
+            "compile": 2,
                    "registration": 5},
 }  # fmt: skip
 # Chunks of the tests in every dtype, the least that the kernels take, so that short rows have several.

@@ -192,7 +192,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
 
 def test_the_kept_step_is_one_that_was_saved(tmp_path):
     made, run, _, rows, _ = _run("lra.listops", tmp_path / "run", training=replace(SHORT, eval_every=1))
-    assert run.saved_steps() == [2, 4, 6]
+    assert run.saved_steps()[-2:] == [4, 6]  # and the best, if that is another
     value = max(row["val_accuracy"] for row in rows if "val_accuracy" in row and row["step"] in (2, 4, 6))
     with open(run.metrics, "a") as file:
         names = run.metrics.read_text().split("\n")[0].split(",")
