@@ -25,11 +25,9 @@ kernels = [
 # the full lists, which run on a GPU, would take half an hour. Length and seed of a case do not depend on the choice.
 CASES = {
     "linear_scan": {"definition": 16, "extend": 3, "step": 3, "rows": 2, "matrix": 2, "shards": 2, "algorithms": 1,
-                    "causal": 2, "gradcheck": 1, "second derivatives": 2,
-                    "compile": 3, "registration": 5},
+                    "causal": 2, "gradcheck": 1, "second derivatives": 2, "compile": 3, "registration": 5},
     "selective_scan": {"definition": 16, "extend": 3, "step": 3, "rows": 2, "matrix": 2, "shards": 2, "algorithms": 1,
-                       "causal": 2, "gradcheck": 1, "second derivatives": 2,
-                    "compile": 2, "registration": 4},
+                       "causal": 2, "gradcheck": 1, "second derivatives": 2, "compile": 2, "registration": 4},
 }  # fmt: skip
 # Tile and chunk of the kernels under the interpreter.
 CHUNK = 8

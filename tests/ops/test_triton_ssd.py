@@ -27,9 +27,8 @@ CASES = {
     "ssd": {"definition": 16, "extend": 3, "step": 3, "rows": 1, "matrix": 2, "shards": 2, "algorithms": 1,
             "causal": 1, "gradcheck": 1, "second derivatives": 2,
             "compile": 2, "registration": 5},
-    "short_conv": {"definition": 24, "extend": 4, "step": 3, "rows": 2, "causal": 1, "gradcheck": 1, "second derivatives": 2,
-            "compile": 2,
-                   "registration": 5},
+    "short_conv": {"definition": 24, "extend": 4, "step": 3, "rows": 2, "causal": 1, "gradcheck": 1,
+                   "second derivatives": 2, "compile": 2, "registration": 5},
 }  # fmt: skip
 # Chunks of the tests in every dtype, the least that the kernels take, so that short rows have several.
 CHUNK = 16
