@@ -61,15 +61,15 @@ class FullModes(CausalMixer, HasImpulse):
     def _factors(self) -> Factors:
         return factors(*self.discrete(), conjugate=False)
 
-    def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return advance(self._factors(), x, state)
-
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         return diagonal_ssm(x, *self.discrete(), conjugate=False, state=state, seg=seg)
 
     def _run(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         check_input(self, x, self.d_model)
-        y, state = self._token(x, state) if state is not None and apart(x, seg) else self._system(x, state, seg)
+        if state is not None and apart(x, seg):
+            y, state = advance(self._factors(), x, state)
+        else:
+            y, state = self._system(x, state, seg)
         return self._emit(y, seg), state
 
     def impulse(self, length: int) -> Tensor:

@@ -13,7 +13,7 @@ from ..maths.discretize import discretize
 from ..maths.initialisers import diagonal_init
 from ..ops._precision import widen
 from ..ops.lti import diagonal_kernel, diagonal_ssm
-from ..ops.lti.one_token import Factors, advance, factors
+from ..ops.lti.one_token import Factors, advance, apart, factors
 from ..segments import Segments
 from .base import check_input
 from .kept import kept
@@ -117,10 +117,9 @@ class S4D(_Diagonal, CausalSISO):
     def _factors(self) -> Factors:
         return factors(*self.discrete())
 
-    def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        return advance(self._factors(), x, state)
-
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
+        if state is not None and apart(x, seg):
+            return advance(self._factors(), x, state)
         return diagonal_ssm(x, *self.discrete(), state=state, seg=seg)
 
     def _whole(self, x: Tensor, seg: Segments | None) -> Tensor:

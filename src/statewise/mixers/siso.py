@@ -14,7 +14,6 @@ from ..maths.initialisers import complex_normal, inverse_softplus, log_uniform_l
 from ..ops._precision import widen
 from ..ops.lti import lti_conv
 from ..ops.lti.documents import toeplitz
-from ..ops.lti.one_token import apart
 from ..segments import Segments
 from .base import CausalMixer, HasImpulse, HasMixing, HasRate, Mixing, SequenceMixer, check_input
 from .layers import Linear, check_tail, gated_tail
@@ -158,13 +157,9 @@ class CausalSISO(SISO, CausalMixer, HasImpulse):
     def _system(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         """The state space alone, D included."""
 
-    def _token(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for one token, x (B, 1, D), where no gradient is wanted."""
-        return self._system(x, state, None)
-
     def _run(self, x: Tensor, state: Tensor | None, seg: Segments | None) -> tuple[Tensor, Tensor]:
         check_input(self, x, self.d_model)
-        y, state = self._token(x, state) if state is not None and apart(x, seg) else self._system(x, state, seg)
+        y, state = self._system(x, state, seg)
         return self._emit(y, seg), state
 
     def impulse(self, length: int) -> Tensor:

@@ -76,6 +76,8 @@ def resolve(op: str, reasons: Mapping[str, str | None], requested: str | None = 
         # Plain PyTorch, which `deterministic` puts in order operator by operator, where the op has no kernel for CPU.
         ordered = "numba" if "numba" in reasons else "reference"
         reasons = {name: reason or (None if name == ordered else _UNORDERED) for name, reason in reasons.items()}
+    if transformed():
+        reasons = {name: reason or (None if name == "reference" else _TRANSFORMED) for name, reason in reasons.items()}
     explicit = requested or chosen()
     if explicit is None:
         for name, reason in reasons.items():
@@ -98,7 +100,7 @@ def numba_reason(*tensors: torch.Tensor | None) -> str | None:
             return f"Numba kernels run on CPU tensors, got one on {t.device.type}"
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"Numba kernels compute in float32, got {t.dtype} (the reference keeps it)"
-    return _TRANSFORMED if transformed() else None
+    return None
 
 
 def interpreted() -> bool:
@@ -116,6 +118,4 @@ def triton_reason(*tensors: torch.Tensor | None) -> str | None:
             return f"Triton kernels run on CUDA tensors, got one on {device}"
         if t.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"Triton kernels compute in float32, got {t.dtype} (the reference keeps it)"
-    if transformed():
-        return _TRANSFORMED
     return None if _has_triton else "triton is not installed: pip install statewise[gpu]"

@@ -139,6 +139,11 @@ def words(t: torch.Tensor) -> np.ndarray:
     return array(t.view(torch.uint16) if t.dtype is torch.bfloat16 else t).reshape(-1)
 
 
+def pairs(t: torch.Tensor) -> np.ndarray:
+    """Complex numbers, or real ones as such, as pairs of float32 in one flat array."""
+    return words(torch.view_as_real(t.detach().to(torch.complex64).resolve_conj()))
+
+
 def output(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor in the dtype in which a kernel can write: that of `like`, but float32 for float16."""
     return empty(*shape, dtype=torch.float32 if like.dtype is torch.float16 else like.dtype)

@@ -104,11 +104,7 @@ def run(table: Tensor, u: Tensor, state: Tensor | None, marks: Tensor | None, N:
     memory, (ub, ul) = common.rows(u.to(torch.float32))
     common.run(
         _forward, B * D, memory, ub, ul, _NO_MARKS if marks is None else common.array(marks.flatten()),
-        marks is not None, common.array(table).reshape(-1), _pairs(last[:0] if state is None else state),
-        state is not None, D, N, R, length, common.words(y), _pairs(last), inline=B * D * N * length < 1 << 15,
+        marks is not None, common.array(table).reshape(-1), common.pairs(last[:0] if state is None else state),
+        state is not None, D, N, R, length, common.words(y), common.pairs(last), inline=B * D * N * length < 1 << 15,
     )  # fmt: skip
     return y, last
-
-
-def _pairs(t: Tensor) -> np.ndarray:
-    return common.words(torch.view_as_real(t.detach().to(torch.complex64).resolve_conj()))

@@ -53,16 +53,6 @@ def stepper(w: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
     return solve
 
 
-def advance(
-    solve: Callable[[Tensor], Tensor], w: Tensor, p: Tensor, b: Tensor, x: Tensor, v: Tensor
-) -> Tensor:  # fmt: skip
-    """The state after x (B, D, N) and the input v (B, D).
-
-    An increment, so that a state which decays slowly does not lose its decay to rounding.
-    """
-    return x + solve(drift(w, p, x) + b * v.unsqueeze(-1))
-
-
 def drift(w: Tensor, p: Tensor, x: Tensor) -> Tensor:
     """M x for M = diag(w) - sum_r p_r p_r^*: x (..., D, N)."""
     return w * x - spread(p, project(p, x))
@@ -81,7 +71,8 @@ def dplr_ssm(
 ) -> tuple[Tensor, Tensor]:
     """x_t = x_{t-1} + (I - M/2)^-1 (M x_{t-1} + b u_t), y_t = 2 Re(c . x_t) + D u_t, one token after the other.
 
-    Arguments and results as in `ops.dplr_ssm`. Autograd keeps every state, so memory grows as (B, L, D, N).
+    Arguments and results as in `ops.dplr_ssm`. The step is written as an increment, so that a state which decays
+    slowly does not lose its decay to rounding. Autograd keeps every state, so memory grows as (B, L, D, N).
     """
     real, dtype = lift(u)
     v, w, p, b, c = u.to(real), w.to(dtype), p.to(dtype), b.to(dtype), c.to(dtype)
@@ -92,7 +83,7 @@ def dplr_ssm(
     ys = []
     for t in range(u.shape[1]):
         before = x if marks is None else torch.where(marks[:, t] == RESET, torch.zeros_like(x), x)
-        after = advance(solve, w, p, b, before, v[:, t])
+        after = before + solve(drift(w, p, before) + b * v[:, t, :, None])
         x = after if marks is None else torch.where(marks[:, t] == INVALID, x, after)
         ys.append(readout(c * x, True))
     y = torch.stack(ys, 1) if ys else v * 0

@@ -10,7 +10,7 @@ from .. import _numba as common
 from .._simd import LANES, fill, load, multiply_add, store, zeros
 from . import vandermonde_numba as vandermonde
 from .moments import adjoint
-from .vandermonde_numba import GROUP, numbers, tables
+from .vandermonde_numba import GROUP, tables
 
 
 @common.kernel
@@ -71,7 +71,7 @@ def forward(u: Tensor, log_a: Tensor) -> Tensor:
     out = torch.empty(B, D, N, dtype=torch.complex64)
     memory, (ub, ul) = common.rows(u.to(torch.float32))
     common.run(
-        _forward, D, memory, ub, ul, numbers(log_a), B, D, N, vandermonde.chunk(length), length, numbers(out),
+        _forward, D, memory, ub, ul, common.pairs(log_a), B, D, N, vandermonde.chunk(length), length, common.pairs(out),
         inline=B * D * N * length < 1 << 19,
     )  # fmt: skip
     return out if log_a.is_complex() else out.real.contiguous()

@@ -194,11 +194,6 @@ def _backward(start, stop, worker, grad, log_a, coeff, K, D, N, Q, length, d_log
                     d_log[of + 1] -= cr * hi + ci * hr
 
 
-def numbers(t: Tensor) -> np.ndarray:
-    """Complex numbers, or real ones as such, as pairs."""
-    return common.words(torch.view_as_real(t.detach().to(torch.complex64).resolve_conj()))
-
-
 def chunk(length: int) -> int:
     """Q: at least a vector, at most what keeps the powers of a group in the first-level cache."""
     return min(max(split(length)[0], LANES), 128)
@@ -209,7 +204,7 @@ def forward(log_a: Tensor, coeff: Tensor, length: int) -> Tensor:
     D, N = log_a.shape
     K, out = math.prod(coeff.shape[:-2]), common.empty(*coeff.shape[:-1], length)
     common.run(
-        _forward, D, numbers(log_a), numbers(coeff), K, D, N, chunk(length), length, common.words(out),
+        _forward, D, common.pairs(log_a), common.pairs(coeff), K, D, N, chunk(length), length, common.words(out),
         inline=K * D * N * length < 1 << 19,
     )  # fmt: skip
     return out
@@ -220,7 +215,7 @@ def backward(grad: Tensor, log_a: Tensor, coeff: Tensor, length: int) -> tuple[T
     (D, N), K = log_a.shape, math.prod(coeff.shape[:-2])
     d_log, d_coeff = torch.zeros(D, N, dtype=torch.complex64), torch.empty(coeff.shape, dtype=torch.complex64)
     common.run(
-        _backward, D, common.words(grad), numbers(log_a), numbers(coeff), K, D, N, chunk(length), length,
-        numbers(d_log), numbers(d_coeff), inline=K * D * N * length < 1 << 18,
+        _backward, D, common.words(grad), common.pairs(log_a), common.pairs(coeff), K, D, N, chunk(length), length,
+        common.pairs(d_log), common.pairs(d_coeff), inline=K * D * N * length < 1 << 18,
     )  # fmt: skip
     return tuple(g if t.is_complex() else g.real.contiguous() for g, t in ((d_log, log_a), (d_coeff, coeff)))  # type: ignore[return-value]
