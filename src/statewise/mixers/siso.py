@@ -187,8 +187,5 @@ class TwoSidedSISO(SISO, HasMixing):
 
     def mixing(self, x: Tensor, seg: Segments | None = None) -> Mixing:
         check_input(self, x, self.d_model)
-        length = x.shape[1]
-        before, after = self.kernels(length)
-        # The kernel over the future, with a zero for the present token.
-        after = F.pad(after[:, : max(length - 1, 0)], (1, 0))
-        return self._mixing(x, toeplitz(before, widen(self.D), seg) + toeplitz(after, None, seg).mT, seg)
+        before, after = self.kernels(x.shape[1])
+        return self._mixing(x, toeplitz(before, widen(self.D), seg, after), seg)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...segments import INVALID, RESET
 from .. import _numba as common
 from .._simd import LANES, load_wide, store_wide, total
-from .reference import resolvent, stepper
+from .reference import resolvent, solve
 
 _GROUP = 2 * LANES
 _NO_MARKS = np.empty(0, np.uint8)
@@ -94,7 +94,7 @@ def prepare(w: Tensor, p: Tensor, b: Tensor, c: Tensor) -> Tensor:
     g, inner = resolvent(w, p)
     # The step of `forms.increment`; the parts of conj(z) dotted with those of x are Re(z x).
     into = torch.einsum("drs,sdn->rdn", inner.to(w.dtype), 2 * p * torch.conj_physical(g))
-    return _grouped(torch.stack([w * g, stepper(w, p)(b), 2 * torch.conj_physical(c), *into, *(-2 * g * p)], 1))
+    return _grouped(torch.stack([w * g, solve(p, g, inner, b), 2 * torch.conj_physical(c), *into, *(-2 * g * p)], 1))
 
 
 def run(table: Tensor, u: Tensor, state: Tensor | None, marks: Tensor | None, N: int) -> tuple[Tensor, Tensor]:

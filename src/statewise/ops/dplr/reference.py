@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,13 +45,12 @@ def resolvent(w: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 def stepper(w: Tensor, p: Tensor) -> Callable[[Tensor], Tensor]:
     """t -> (I - M/2)^-1 t for M = diag(w) - sum_r p_r p_r^*."""
-    g, inner = resolvent(w, p)
+    return partial(solve, p, *resolvent(w, p))
 
-    def solve(t: Tensor) -> Tensor:
-        weights = torch.einsum("drs,...sd->...rd", inner, project(p, g * t))
-        return g * (t - spread(p, weights))
 
-    return solve
+def solve(p: Tensor, g: Tensor, inner: Tensor, t: Tensor) -> Tensor:
+    """What `stepper` does, given `resolvent`."""
+    return g * (t - spread(p, torch.einsum("drs,...sd->...rd", inner, project(p, g * t))))
 
 
 def drift(w: Tensor, p: Tensor, x: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ def dplr_ssm(
     real, dtype = lift(u)
     v, w, p, b, c = u.to(real), w.to(dtype), p.to(dtype), b.to(dtype), c.to(dtype)
     x = v.new_zeros(u.shape[0], *b.shape, dtype=dtype) if state is None else state.to(dtype)
-    solve, marks = stepper(w, p), None
+    step, marks = stepper(w, p), None
     if seg is not None:
         v, marks = seg.mask(v), seg.marks[..., None, None]
     ys = []
     for t in range(u.shape[1]):
         before = x if marks is None else torch.where(marks[:, t] == RESET, torch.zeros_like(x), x)
-        after = before + solve(drift(w, p, before) + b * v[:, t, :, None])
+        after = before + step(drift(w, p, before) + b * v[:, t, :, None])
         x = after if marks is None else torch.where(marks[:, t] == INVALID, x, after)
         ys.append(readout(c * x, True))
     y = torch.stack(ys, 1) if ys else v * 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..._tracing import transformed
@@ -114,15 +113,8 @@ def lti_conv(
 
 def _as_matrices(u: Tensor, kernel: Tensor, future: Tensor | None, seg: Segments) -> Tensor:
     """Where how documents lie must not decide what is computed. Takes memory (B, D, L, L)."""
-    length = u.shape[1]
-    dense = documents.toeplitz(_taps(kernel, length), None, seg)
-    if future is not None:
-        dense = dense + documents.toeplitz(_taps(F.pad(future, (1, 0)), length), None, seg).mT
+    dense = documents.toeplitz(documents.taps(kernel, u.shape[1]), None, seg, future)
     return (dense @ u.mT.unsqueeze(-1)).squeeze(-1).mT
-
-
-def _taps(kernel: Tensor, length: int) -> Tensor:
-    return F.pad(kernel[:, :length], (0, max(length - kernel.shape[1], 0)))
 
 
 def _per_document(u: Tensor, kernel: Tensor, future: Tensor | None, seg: Segments, backend: str | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...segments import Segments
@@ -40,11 +41,23 @@ def length(what: str, length: int | None, seg: Segments | None) -> int:
     return length if length is not None else seg.shape[1]  # type: ignore[union-attr]
 
 
-def toeplitz(kernel: Tensor, D: Tensor | None, seg: Segments | None) -> Tensor:
-    """The matrices [t, s] of a convolution with kernel (D, L) and skip weight D: (1 or B, D, L, L)."""
+def toeplitz(kernel: Tensor, D: Tensor | None, seg: Segments | None, future: Tensor | None = None) -> Tensor:
+    """The matrices [t, s] of a convolution with kernel (D, L) and skip weight D: (1 or B, D, L, L).
+
+    Args:
+        future: (D, F), taps over later positions, the first one on the next.
+    """
     lag, seen = lags(kernel.shape[-1], seg, kernel.device)
     dense = (kernel[:, lag] * seen).transpose(0, 1)
     if D is not None:
         diagonal = torch.diag_embed(torch.diagonal(seen, dim1=1, dim2=2).to(kernel.dtype))
         dense = dense + D.to(kernel.dtype)[:, None, None] * diagonal.unsqueeze(1)
+    if future is not None:
+        # With a zero for the present position.
+        dense = dense + toeplitz(taps(F.pad(future, (1, 0)), kernel.shape[-1]), None, seg).mT
     return dense
+
+
+def taps(kernel: Tensor, length: int) -> Tensor:
+    """The first `length` taps, and zeros where there are not so many."""
+    return F.pad(kernel[:, :length], (0, max(length - kernel.shape[1], 0)))
