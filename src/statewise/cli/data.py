@@ -63,7 +63,7 @@ def make(
                 progress=report,
                 verify=verify,
             )
-    folder = sets.root() / f"{name}-{profile}-{seed}"
+    folder = sets.folder_of(name, profile, seed)
     _print(_facts(data, folder))
     how = f"made in {time.perf_counter() - start:.1f} s" if report.called else "it was there already"
     _print(how + (", all checksums agree" if verify else ""))
@@ -119,7 +119,7 @@ def preview(name: str, out: str | None = None, profile: Profile = "small", seed:
         sets.get(name)
         check(Path(out), rows)
         check_folder("--out", out)
-        there = (sets.root() / f"{name}-{profile}-{seed}" / sets.CARD).is_file()
+        there = (sets.folder_of(name, profile, seed) / sets.CARD).is_file()
         if profile == "full" and not there:
             raise ValueError(f"{name}: the full set has not been made; want: statewise data make {name} --profile full")
         with _bar(f"Making {name}") as report:

@@ -127,7 +127,7 @@ def _row(model: Any, name: str, length: int) -> tuple[Tensor, str] | None:
         return None
     config, told = run.read_config(), json.loads(run.results.read_text(encoding="utf-8")).get("data")
     seed = (config.get("data") or {}).get("seed", 0)
-    folder = sets.root() / f"{told}-{config.get('profile')}-{seed}"
+    folder = sets.folder_of(str(told), str(config.get("profile")), seed)
     if not (folder / sets.CARD).is_file():
         return None
     data = Labelled.load(folder)

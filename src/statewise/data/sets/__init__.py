@@ -74,6 +74,11 @@ def root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "statewise" / "data"
 
 
+def folder_of(name: str, profile: str, seed: int) -> Path:
+    """Where a set is kept, whether it has been made or not."""
+    return root() / f"{name}-{profile}-{seed}"
+
+
 def parts(name: str, profile: str, seed: int) -> Path:
     """Where a maker may keep what it has so far, to go on after it was stopped; `prepare` removes it in the end."""
     return root() / f".{name}-{profile}-{seed}.parts"
@@ -107,7 +112,7 @@ def prepare(
         raise ValueError(f"seed: want 0 or more, got {seed}")
     if source is not None:
         full_only(profile)
-    folder = root() / f"{name}-{profile}-{seed}"
+    folder = folder_of(name, profile, seed)
     path = None if source is None else str(source.resolve())
     try:
         found = _there(folder, path, verify)
